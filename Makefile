@@ -1,0 +1,70 @@
+# make demo    set up .venv and run the main job
+# make test    set up .venv, lint, and run every test
+# PYTHON names the interpreter that .venv is made with: make test PYTHON=python3.12
+
+PYTHON ?= python3
+PYTEST_FLAGS ?= -n auto --maxprocesses 8 --dist worksteal
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
+SETUP := pyproject.toml setup.py constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint types imports format dist clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+demo: $(VENV)/.demo
+	$(BIN)/graphlocal demo
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory types imports
+
+# mypy can't follow package_dir, so it checks a folder of links that looks like the installed package.
+types: $(VENV)/.test
+	@rm -rf build/types && mkdir -p build/types/graphlocal
+	@ln -s "$(CURDIR)"/graphlocal/* "$(CURDIR)/passes" "$(CURDIR)/targets" build/types/graphlocal/
+	cd build/types && "$(CURDIR)/$(BIN)/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p graphlocal
+
+imports: $(VENV)/.test
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_imports.py -k "order"
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+dist: $(VENV)/.test
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Set-up, once: a stamp in .venv is newer than what it was made from.
+
+# torch comes first and by itself, so that pip takes the CPU build where one is configured.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("graphlocal needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SETUP)
+	$(INSTALL) --quiet --editable '.[demo]'
+	@touch $@
+
+# The tests' models come from torchvision. Its dependencies would replace a CPU build of torch.
+$(VENV)/.test: $(VENV)/.torch $(SETUP)
+	$(INSTALL) --quiet --editable '.[demo,dev]'
+	$(INSTALL) --quiet --no-deps torchvision
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,14 @@
+"""graphlocal: compile an existing PyTorch model into one that learns by local rules."""
+
+import pathlib as _pathlib
+
+# In a bare checkout and in an editable install passes/ and targets/ lie beside this folder, not in it.
+if not (_pathlib.Path(__file__).resolve().parent / "passes").is_dir():
+    __path__.append(str(_pathlib.Path(__file__).resolve().parent.parent))
+
+from graphlocal import rules
+from graphlocal.compile import compile
+from graphlocal.errors import GraphLocalError
+from graphlocal.runtime import LocalModule
+
+__all__ = ["GraphLocalError", "LocalModule", "compile", "rules"]

@@ -1,0 +1,124 @@
+"""How a model is called: binds positional and keyword inputs to one flat list of tensors and constants."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphlocal.errors import InputError
+
+ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One call's inputs in canonical form: defaults left out, flattened by torch's pytree.
+
+    names: a readable path for each leaf, such as `x` or `batch['mask']`.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: tuple[Any, ...]
+    names: tuple[str, ...]
+    spec: pytree.TreeSpec
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+
+    def map(self, function: Any) -> Arguments:
+        """The same call with `function` applied to every tensor."""
+        return self.with_leaves([function(x) if isinstance(x, torch.Tensor) else x for x in self.leaves])
+
+    def with_leaves(self, leaves: Sequence[Any]) -> Arguments:
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
+        return Arguments(args, kwargs, tuple(leaves), self.names, self.spec)
+
+
+class Binder:
+    """Binds calls of one model's `forward` to canonical arguments."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.signature = inspect.signature(model.forward)
+        self.model_name = type(model).__name__
+        self._defaults = {
+            name: parameter.default
+            for name, parameter in self.signature.parameters.items()
+            if parameter.default is not parameter.empty
+        }
+        self._starred = any(p.kind is p.VAR_KEYWORD for p in self.signature.parameters.values())
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
+        """The leaves and structure of a call.
+
+        Raises InputError if the call does not fit the model's signature.
+        """
+        args, kwargs = self._canonical(args, kwargs)
+        return pytree.tree_flatten((args, kwargs))
+
+    def _canonical(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(
+                f"the inputs do not fit {self.model_name}.forward{self.signature}",
+                why=str(error),
+                remedy="pass example_inputs as a tuple of positional inputs or a dict of keyword inputs",
+            ) from None
+        for name, default in self._defaults.items():
+            if name in bound.arguments and bound.arguments[name] is default:
+                del bound.arguments[name]
+        keywords = bound.kwargs
+        return bound.args, dict(sorted(keywords.items())) if self._starred else keywords
+
+    def example(self, example_inputs: ExampleInputs) -> Arguments:
+        """Canonical arguments from what a user passes as `example_inputs`; every tensor is copied.
+
+        Raises InputError for inputs that do not fit the model's signature or hold no tensor.
+        """
+        if isinstance(example_inputs, torch.Tensor):
+            args, kwargs = (example_inputs,), {}
+        elif isinstance(example_inputs, Mapping):
+            args, kwargs = (), dict(example_inputs)
+        elif isinstance(example_inputs, (tuple, list)):
+            args, kwargs = tuple(example_inputs), {}
+        else:
+            raise InputError(
+                f"example_inputs is a {type(example_inputs).__name__}",
+                remedy="pass a tuple of positional inputs, such as (torch.randn(8, 3, 32, 32),), "
+                "or a dict of keyword inputs",
+            )
+        args, kwargs = self._canonical(args, kwargs)
+        paths, spec = pytree.tree_flatten_with_path((args, kwargs))
+        parameters = list(self.signature.parameters)
+        names = tuple(_leaf_name(path, parameters) for path, _ in paths)
+        leaves = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for _, x in paths)
+        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+        arguments = Arguments(args, kwargs, leaves, names, spec)
+        if not arguments.tensors:
+            raise InputError("example_inputs hold no tensor", remedy="pass the tensors of one batch")
+        batched = [x for x in arguments.tensors if x.dim() > 0]
+        if batched and all(x.shape[0] == 1 for x in batched):
+            raise InputError(
+                "example_inputs hold a batch of 1",
+                why="a size of 1 can't be told from a constant, so the graph would take no other batch",
+                remedy="pass a batch of 2 or more",
+            )
+        return arguments
+
+
+def _leaf_name(path: tuple[Any, ...], parameters: list[str]) -> str:
+    """`(SequenceKey(0), SequenceKey(1), ...)` -> the name of the second parameter, and the path inside it."""
+    where, key, *inside = path
+    if where.idx == 1:
+        name = str(key.key)
+    else:
+        name = parameters[key.idx] if key.idx < len(parameters) else f"{parameters[-1]}[{key.idx}]"
+    return name + pytree.keystr(tuple(inside))

@@ -1,0 +1,46 @@
+"""`graphlocal.compile`: one call from a model to its local trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from graphlocal.arguments import ExampleInputs
+from graphlocal.compiler import Options
+from graphlocal.errors import InputError, nearest
+from graphlocal.passes.policies import Policy
+from graphlocal.rules import Rule, find
+from graphlocal.runtime import LocalModule
+
+TARGETS = ("auto", "eager")
+
+
+def compile(
+    model: nn.Module,
+    *,
+    example_inputs: ExampleInputs,
+    rule: str | Rule = "rec-lra",
+    partition: Policy = "auto",
+    skip_errors: Iterable[tuple[str, str]] = (),
+    target: str = "auto",
+) -> LocalModule:
+    """Turn a model into one that learns locally: the same model, trained in place, with any loss and optimizer.
+
+    example_inputs: a tuple of positional inputs or a dict of keyword inputs, with a batch of 2 or more.
+    rule: a name ("rec-lra", "backprop"), or an instance with options.
+    partition: "auto" (repeated blocks, else layers), "leaf" (one parametric operation each), a number of
+    segments, globs of module paths, or a callable from an operation to the name of its subgraph.
+    skip_errors: further skip-error connections, (source, target), by subgraph name; a source may be "output".
+    target: how the training graph is run; "auto" chooses.
+
+    Raises InputError, TraceError, PartitionError or VerifyError; the model is then left as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}", remedy="pass a torch.nn.Module")
+    if isinstance(model, LocalModule):
+        raise InputError("the model is compiled already", remedy="pass local.original to compile it anew")
+    if target not in TARGETS:
+        raise InputError(f"unknown target {target!r}: {nearest(target, TARGETS)}", remedy=f"targets: {TARGETS}")
+    pairs = tuple((str(a), str(b)) for a, b in skip_errors)
+    return LocalModule(model, example_inputs, Options(find(rule), partition, pairs))

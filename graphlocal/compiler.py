@@ -1,0 +1,165 @@
+"""From a model and one call's arguments to an executable training step: trace, passes, emit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graphlocal.arguments import Arguments
+from graphlocal.errors import InputError
+from graphlocal.ir import LocalGraph
+from graphlocal.lift import lift
+from graphlocal.passes.error_neurons import InsertErrorNeurons
+from graphlocal.passes.partition import Partition
+from graphlocal.passes.policies import Policy
+from graphlocal.passes.schedule import Schedule
+from graphlocal.passes.skip_errors import InsertSkipErrors
+from graphlocal.pipeline import PassRecord, run
+from graphlocal.rules import Rule
+from graphlocal.targets.eager import TrainingGraph, emit, split, weight_names
+from graphlocal.trace import DynamicDims, TracedModel, trace
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks of the compiler. streams: actions that the schedule may run at one time."""
+
+    rule: Rule
+    partition: Policy = "auto"
+    skip_errors: tuple[tuple[str, str], ...] = ()
+    streams: int = 1
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A model compiled for one kind of call.
+
+    records: what each pass did. error_weights: holds the feedback maps E, and outlives this object.
+    """
+
+    model: nn.Module
+    options: Options
+    traced: TracedModel
+    graph: LocalGraph
+    records: tuple[PassRecord, ...]
+    training: TrainingGraph
+    error_weights: nn.Module
+    @cached_property
+    def passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The training graph cut at the loss: forward pass and error pass."""
+        return split(self.training)
+
+    @cached_property
+    def fused_passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The same, handing every gradient over as soon as it is complete."""
+        fused = emit(self.graph, self.traced, self.model, self.options.rule, self.error_weights, fused=True)
+        return split(fused)
+
+    @cached_property
+    def output_template(self) -> tuple[Any, ...]:
+        """The flat outputs; `COMPUTED` stands for those that the graph computes."""
+        (output,) = self.traced.module.graph.find_nodes(op="output")
+        return tuple(COMPUTED if isinstance(x, fx.Node) else x for x in output.args[0])
+
+    @cached_property
+    def differentiable(self) -> tuple[bool, ...]:
+        """For each output that the graph computes: whether an error neuron takes its gradient."""
+        taken = {c.value for c in self.graph.connections if c.kind == "loss"}
+        return tuple(value in taken for value in self.graph.outputs)
+
+    def mismatch(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> set[tuple[int, int]] | None:
+        """None if a call fits, else the (leaf, axis) of sizes that differ; empty if more than sizes differs."""
+        arguments = self.traced.arguments
+        if spec != arguments.spec:
+            return set()
+        sizes: set[tuple[int, int]] = set()
+        for i, (given, example) in enumerate(zip(leaves, arguments.leaves, strict=True)):
+            if isinstance(example, torch.Tensor):
+                if not isinstance(given, torch.Tensor) or not _alike(given, example):
+                    return set()
+                if given.shape != example.shape:
+                    sizes |= {(i, k) for k, n in enumerate(example.shape) if given.shape[k] != n}
+            elif given is not example and (type(given) is not type(example) or given != example):
+                return set()
+        sizes -= self.symbolic
+        return sizes or None
+
+    @cached_property
+    def symbolic(self) -> frozenset[tuple[int, int]]:
+        """The (leaf, axis) pairs whose size the graph leaves open."""
+        types = [item.type for item in self.graph.inputs]
+        return frozenset(
+            (i, k) for i, t in enumerate(types) if t for k, n in enumerate(t.shape) if isinstance(n, str)
+        )
+
+
+COMPUTED = object()
+
+
+def build(
+    model: nn.Module, arguments: Arguments, options: Options, error_weights: nn.Module,
+    dynamic: DynamicDims | None = None,
+) -> Compiled:  # fmt: skip
+    """Compile a model for calls like `arguments`; new feedback maps are added to `error_weights`.
+
+    Raises a GraphLocalError, and leaves model and error_weights as they were, if any step fails.
+    """
+    traced = trace(model, arguments, dynamic)
+    graph = lift(traced, model)
+    _require_learnable(graph)
+    graph, records = run(graph, passes(options))
+    _add_feedback(graph, options.rule, model, error_weights)
+    training = emit(graph, traced, model, options.rule, error_weights)
+    return Compiled(model, options, traced, graph, records, training, error_weights)
+
+
+def passes(options: Options) -> tuple[Any, ...]:
+    """The passes that `options` stand for, in order."""
+    return (
+        Partition(options.partition, options.rule.depth),
+        InsertErrorNeurons(),
+        InsertSkipErrors(options.rule, options.skip_errors),
+        Schedule(options.streams),
+    )
+
+
+def _require_learnable(graph: LocalGraph) -> None:
+    if not any(state.trainable for state in graph.states):
+        raise InputError(
+            f"{graph.name} has no trainable parameter that its forward reads",
+            remedy="call requires_grad_(True) on the parameters to train",
+        )
+    types = [graph.type(value) for value in graph.outputs]
+    if not any(t is not None and t.is_float for t in types):
+        listed = ", ".join(t.dtype if t else "a number" for t in types) or "nothing"
+        raise InputError(
+            f"{graph.name} returns no float tensor (it returns {listed})",
+            why="learning starts from the gradient of a loss at a float output",
+            remedy="return the logits, not the predicted class",
+        )
+
+
+def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights: nn.Module) -> None:
+    """Draw each new E; it depends on torch's seed, and the random stream is not moved."""
+    example = next(p for p in model.parameters() if p.is_floating_point())
+    names = weight_names(graph)
+    for i, connection in enumerate(c for c in graph.connections if c.kind == "feedback"):
+        name = names[connection.name]
+        if hasattr(error_weights, name):
+            continue
+        generator = torch.Generator().manual_seed((torch.initial_seed() + 7919 * (i + 1)) % 2**63)
+        value = rule.initial_feedback(connection, generator).to(example.device, example.dtype)
+        if rule.learns_feedback:
+            error_weights.register_parameter(name, nn.Parameter(value))
+        else:
+            error_weights.register_buffer(name, value)
+
+
+def _alike(given: torch.Tensor, example: torch.Tensor) -> bool:
+    return given.dtype == example.dtype and given.device == example.device and given.dim() == example.dim()

@@ -1,0 +1,89 @@
+"""Feedback maps: how an error of one shape becomes a displacement of another.
+
+The map E acts on features. Axes that both values have (the batch, and positions such as tokens where both
+have them) are kept; the source's other positions are summed, and the target's others share one displacement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphlocal.ir import Connection, Dim, LocalGraph
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shapes of one connection's ends. axis: the feature axis, equal to the rank if it is implied.
+
+    shared: pairs (source axis, target axis) of positions that both ends have, in order.
+    """
+
+    source_rank: int
+    source_axis: int
+    target_rank: int
+    target_axis: int
+    shared: tuple[tuple[int, int], ...]
+
+    def apply(self, weight: Tensor, error: Tensor, target: Tensor) -> Tensor:
+        """E e, laid out like `target` (its shape and dtype).
+
+        weight: target features x source features. error: the source's error.
+        """
+        if self.source_axis == self.source_rank:
+            error = error.unsqueeze(-1)
+        error = error.to(weight.dtype).movedim(self.source_axis, -1)
+        kept = [_without(axis, self.source_axis) for axis, _ in self.shared]
+        summed = [axis for axis in range(error.dim() - 1) if axis not in kept]
+        if summed:
+            error = error.sum(summed)
+        message = error @ weight.mT
+        goal = target.unsqueeze(-1) if self.target_axis == self.target_rank else target
+        placed = {_without(axis, self.target_axis): i for i, (_, axis) in enumerate(self.shared)}
+        for axis in range(goal.dim() - 1):
+            if axis not in placed:
+                message = message.unsqueeze(axis)
+        message = message.movedim(-1, self.target_axis).expand(goal.shape).to(target.dtype)
+        return message.squeeze(-1) if self.target_axis == self.target_rank else message
+
+
+def _without(axis: int, removed: int) -> int:
+    """The number of an axis once another one has been moved to the end."""
+    return axis - (axis > removed)
+
+
+def layout(graph: LocalGraph, connection: Connection) -> Layout:
+    """The layout of a feedback connection: positions are matched in order by their size or symbol."""
+    source, target = graph.type(connection.source_value), graph.type(connection.value)
+    assert source is not None and target is not None
+    source_axis = graph.representation[connection.source_value].axis
+    target_axis = graph.representation[connection.value].axis
+    shared = _match(source.shape, source_axis, target.shape, target_axis)
+    return Layout(len(source.shape), source_axis, len(target.shape), target_axis, shared)
+
+
+def _match(
+    source: tuple[Dim, ...], source_axis: int, target: tuple[Dim, ...], target_axis: int
+) -> tuple[tuple[int, int], ...]:
+    pairs: list[tuple[int, int]] = []
+    start = 0
+    for i, size in enumerate(source):
+        if i == source_axis or size == 1:
+            continue
+        for k in range(start, len(target)):
+            if k != target_axis and target[k] == size:
+                pairs.append((i, k))
+                start = k + 1
+                break
+    return tuple(pairs)
+
+
+def cotangent_update(map_: Layout, weight: Tensor, error: Tensor, cotangent: Tensor) -> Tensor:
+    """sum over batch and positions of C eᵀ: the gradient of <C, E e> with respect to E."""
+    with torch.enable_grad():
+        leaf = weight.detach().requires_grad_()
+        message = map_.apply(leaf, error, cotangent)
+        (update,) = torch.autograd.grad(message, leaf, cotangent)
+    return update

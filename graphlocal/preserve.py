@@ -1,0 +1,78 @@
+"""Run a user's model without leaving a trace on it: attributes, buffers, gradients, modes and random state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Restore on leaving, also after an error, all that a forward or backward pass can change.
+
+    That is every submodule's attributes and registries (a plain attribute holding a mutable object is
+    restored by reference), the values of the buffers, `grad` of the parameters, and the random state.
+    """
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    registries = [
+        (registry, dict(registry))
+        for module in model.modules()
+        for registry in (module.__dict__[name] for name in _REGISTRIES)
+    ]
+    with torch.no_grad():
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    try:
+        with preserved_random_state():
+            yield
+    finally:
+        for module, values in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(values)
+        for registry, entries in registries:
+            _refill(registry, entries)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Restore Python's and torch's random state (every CUDA device included) on leaving."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(state)
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model that is in evaluation mode as a whole into training mode; put back on leaving.
+
+    A model that is in training mode keeps the mode of each of its parts, such as a frozen BatchNorm.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        if not model.training:
+            model.train()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _refill(registry: dict[str, Any], entries: dict[str, Any]) -> None:
+    registry.clear()
+    registry.update(entries)

@@ -1,0 +1,31 @@
+"""Learning rules by name, and the base class to write one's own."""
+
+from __future__ import annotations
+
+from graphlocal.errors import InputError, nearest
+from graphlocal.rules.backprop import Backprop
+from graphlocal.rules.base import Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.rec_lra import RecLRA, feedback_connection
+
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Backprop, RecLRA)}
+
+
+def find(rule: str | Rule) -> Rule:
+    """A rule by name with its default options, or the instance itself.
+
+    Raises InputError for an unknown name (with the nearest match) or something that is no rule.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, type) and issubclass(rule, Rule):
+        raise InputError(f"rule={rule.__name__} is a class", remedy=f"pass an instance: {rule.__name__}()")
+    if not isinstance(rule, str) or rule not in RULES:
+        raise InputError(
+            f"unknown rule {rule!r}: {nearest(str(rule), RULES)}",
+            remedy=f"rules: {', '.join(RULES)}, or an instance of a subclass of graphlocal.rules.Rule",
+        )
+    return RULES[rule]()
+
+
+__all__ = ["RULES", "Backprop", "Neuron", "RecLRA", "Rule", "feedback_connection", "features", "find",
+           "loss_connections", "vjp_connections"]  # fmt: skip

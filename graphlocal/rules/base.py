@@ -1,0 +1,106 @@
+"""What a learning rule is: its wiring, its local error, and how its feedback maps learn.
+
+To write a rule, subclass `Rule`, give it a `name`, say in `connect` which errors reach which subgraph, and in
+`local_error` what error a displacement means. Exact messages (the gradient of the loss, or a vector-Jacobian
+product marked `exact`) bypass `local_error`: they already are the error. Rules are frozen dataclasses; their
+fields are their options. Everything else (shapes, autograd, schedules, optimizers) is the compiler's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from graphlocal.ir import OUTPUT, Connection, LocalGraph
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """What an error neuron sees of one representation, for the whole batch and without autograd.
+
+    h: pre-activation; z: representation, phi(h); phi: the elementwise tail. All three have one shape.
+    """
+
+    name: str
+    h: Tensor
+    z: Tensor
+    phi: Callable[[Tensor], Tensor]
+
+
+class Rule(ABC):
+    """Base class of learning rules.
+
+    feeds: where `local_error` enters the subgraph's own vector-Jacobian product: at the `"preactivation"` h
+    (no derivative of phi) or at the `"representation"` z. depth: levels of the partition tree that the rule
+    works on. feedback: whether its connections may carry feedback maps E. learns_feedback: whether those are
+    trained.
+    """
+
+    name: ClassVar[str]
+    depth: int = 1
+    feedback: ClassVar[bool] = True
+
+    @property
+    def feeds(self) -> Literal["preactivation", "representation"]:
+        return "preactivation"
+
+    @property
+    def learns_feedback(self) -> bool:
+        return False
+
+    @abstractmethod
+    def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
+        """The connections of the error graph, given subgraphs and error neurons."""
+
+    def local_error(self, neuron: Neuron, displacement: Tensor) -> Tensor:
+        """The error of a representation, in the per-sample units of `displacement` and in its shape.
+
+        The default is the displacement itself, that is the local target y = z - d.
+        """
+        return displacement
+
+    def initial_feedback(self, connection: Connection, generator: torch.Generator) -> Tensor:
+        """E (target features x source features), float32 on the CPU: Gaussian with variance 1 / source features."""
+        rows, columns = connection.weight
+        return torch.randn(rows, columns, generator=generator) / max(columns, 1) ** 0.5
+
+    def feedback_cotangent(self, neuron: Neuron, displacement: Tensor) -> Tensor | None:
+        """C such that E's update is mean(C eᵀ), with e the source's error; None keeps E fixed."""
+        return None
+
+    def project(self, update: Tensor) -> Tensor:
+        """A last change to a parameter's update, such as a bound on its norm."""
+        return update
+
+
+def loss_connections(graph: LocalGraph) -> tuple[Connection, ...]:
+    """The gradient of the loss reaches every neuron whose representation the model returns."""
+    return tuple(
+        Connection(OUTPUT, neuron.subgraph, value, "loss", exact=True)
+        for neuron in graph.error_neurons
+        for value in neuron.values
+        if value in graph.outputs
+    )
+
+
+def vjp_connections(graph: LocalGraph, source: str, exact: bool = True) -> tuple[Connection, ...]:
+    """The neuron of `source` sends its vector-Jacobian products to the neurons of what it reads."""
+    found = []
+    for value in graph.subgraph[source].inputs:
+        neuron = graph.neuron.get(graph.owner.get(value, ""))
+        if neuron is not None and value in neuron.values:
+            found.append(Connection(source, neuron.subgraph, value, "vjp", exact))
+    return tuple(found)
+
+
+def features(graph: LocalGraph, value: str) -> int | str:
+    """The size of a representation's feature axis."""
+    known = graph.type(value)
+    axis = graph.representation[value].axis
+    assert known is not None
+    return known.shape[axis] if axis < len(known.shape) else 1

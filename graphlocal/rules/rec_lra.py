@@ -1,0 +1,171 @@
+"""Recursive local representation alignment: skip-errors from the output to blocks, and on inside the blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from graphlocal.errors import InputError
+from graphlocal.ir import Connection, LocalGraph, Subgraph
+from graphlocal.rules.base import Neuron, Rule, features, loss_connections, vjp_connections
+
+
+@dataclass(frozen=True)
+class RecLRA(Rule):
+    """rec-LRA (Ororbia et al., Algorithms 1 and 2) on any model.
+
+    For a subgraph with pre-activation h and representation z = phi(h), and the error e_j of a source:
+    displacement d = sum_j E_j e_j, target y = phi(h - beta d), error e = z - y, update VJP(e).
+
+    depth: 1 wires the output to the blocks of the partition; 2 wires each block's own error to its parts, and
+    so on down to single parametric operations. beta: modulation factor. error_weights: E is `"fixed"`, follows
+    the forward weights (`"kp"`, mean(z eᵀ)), or takes the paper's `"literal"` update, -gamma mean(d eᵀ), which
+    grows without bound under descent. rescale: `"rms"` evaluates the target at a displacement of batch RMS 1
+    and gives the error its scale back, so that updates stay proportional to the loss; None is the paper's.
+    derivative: multiply the error with phi'. reprojection: bound c on the norm of every update,
+    c Delta / ||Delta||. max_source_features: an output with more features than this (a vocabulary) sends its
+    error through its own exact derivative, and skip-errors start below it.
+
+    Raises InputError for options out of range.
+    """
+
+    name: ClassVar[str] = "rec-lra"
+    depth: int = 1
+    beta: float = 0.1
+    error_weights: Literal["fixed", "kp", "literal"] = "fixed"
+    gamma: float = 0.01
+    rescale: Literal["rms"] | None = "rms"
+    derivative: bool = False
+    reprojection: float | None = None
+    max_source_features: int = 1024
+
+    def __post_init__(self) -> None:
+        choices = {"error_weights": ("fixed", "kp", "literal"), "rescale": ("rms", None)}
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise InputError(f"RecLRA({field}={getattr(self, field)!r})", remedy=f"use one of {allowed}")
+        if self.depth < 1 or self.beta <= 0 or (self.reprojection is not None and self.reprojection <= 0):
+            raise InputError(
+                f"RecLRA(depth={self.depth}, beta={self.beta}, reprojection={self.reprojection})",
+                why="depth must be at least 1, beta and reprojection above 0",
+            )
+
+    @property
+    def feeds(self) -> Literal["preactivation", "representation"]:
+        return "representation" if self.derivative else "preactivation"
+
+    @property
+    def learns_feedback(self) -> bool:
+        return self.error_weights != "fixed"
+
+    def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
+        exact, sources = self._exact_paths(graph)
+        return (*exact, *_skip_errors(graph, sources, graph.subgraphs, level=0))
+
+    def _exact_paths(self, graph: LocalGraph) -> tuple[list[Connection], list[str]]:
+        """The loss's gradient, carried down through what has no parameters or too many features."""
+        connections = list(loss_connections(graph))
+        pending = list(dict.fromkeys(c.target for c in connections))
+        sources: list[str] = []
+        for name in pending:  # grows while it is walked
+            if graph.trainable(graph.subgraph[name]) and not self._is_wide(graph, name):
+                sources.append(name)
+                continue
+            for connection in vjp_connections(graph, name):
+                connections.append(connection)
+                if connection.target not in pending:
+                    pending.append(connection.target)
+        return connections, sources
+
+    def _is_wide(self, graph: LocalGraph, name: str) -> bool:
+        sizes = (features(graph, value) for value in graph.neuron[name].values)
+        wide = any(isinstance(size, int) and size > self.max_source_features for size in sizes)
+        return wide and bool(vjp_connections(graph, name))
+
+    def local_error(self, neuron: Neuron, displacement: Tensor) -> Tensor:
+        if self.rescale is None:
+            return neuron.z - neuron.phi(neuron.h - self.beta * displacement)
+        scale = displacement.square().mean().sqrt().clamp_min(torch.finfo(displacement.dtype).tiny)
+        return (neuron.z - neuron.phi(neuron.h - (self.beta / scale) * displacement)) * scale
+
+    def feedback_cotangent(self, neuron: Neuron, displacement: Tensor) -> Tensor | None:
+        if self.error_weights == "fixed":
+            return None
+        return neuron.z if self.error_weights == "kp" else -self.gamma * displacement
+
+    def project(self, update: Tensor) -> Tensor:
+        if self.reprojection is None:
+            return update
+        norm = torch.linalg.vector_norm(update)
+        return update * (self.reprojection / norm.clamp_min(self.reprojection))
+
+
+def _skip_errors(
+    graph: LocalGraph, sources: list[str], inside: tuple[Subgraph, ...], level: int
+) -> list[Connection]:
+    """Wire `sources` to the exits of each unit at this level of the partition tree, then go into each unit."""
+    units: dict[str, list[Subgraph]] = {}
+    for subgraph in inside:
+        path = (*subgraph.regions, subgraph.name)
+        units.setdefault(path[level], []).append(subgraph)
+    above = {name: nx.ancestors(graph.quotient, name) for name in sources}
+    connections: list[Connection] = []
+    for members in units.values():
+        exits = _exits(graph, members)
+        for name, values in exits.items():
+            if name not in sources:
+                connections += _feedback(graph, [s for s in sources if name in above[s]], name, values, level + 1)
+        if len(members) > 1:
+            own_sources = list(exits)
+            connections += _skip_errors(graph, own_sources, tuple(members), level + 1)
+    return connections
+
+
+def _exits(graph: LocalGraph, members: list[Subgraph]) -> dict[str, list[str]]:
+    """The subgraphs of a unit with error neurons whose values are read outside it, and those values."""
+    names = {subgraph.name for subgraph in members}
+    exits: dict[str, list[str]] = {}
+    for subgraph in members:
+        neuron = graph.neuron.get(subgraph.name)
+        values = [
+            value
+            for value in (neuron.values if neuron else ())
+            if value in graph.outputs or any(r.name not in names for r in graph.readers.get(value, ()))
+        ]
+        if values:
+            exits[subgraph.name] = values
+    return exits
+
+
+def _feedback(
+    graph: LocalGraph, sources: list[str], target: str, values: list[str], depth: int
+) -> list[Connection]:
+    return [
+        feedback_connection(graph, source, source_value, target, value, depth)
+        for value in values
+        for source in sources
+        for source_value in graph.neuron[source].values
+    ]
+
+
+def feedback_connection(
+    graph: LocalGraph, source: str, source_value: str, target: str, value: str, depth: int
+) -> Connection:
+    """A skip-error connection with the shape of its feedback map.
+
+    Raises InputError if a feature axis has no fixed size.
+    """
+    shape = (features(graph, value), features(graph, source_value))
+    for size, name in zip(shape, (value, source_value), strict=True):
+        if not isinstance(size, int):
+            raise InputError(
+                f"no feedback map can be drawn for the representation {name}",
+                why=f"the size of its feature axis, {size}, changes from batch to batch",
+                remedy="compile with a partition that cuts elsewhere, such as a list of module globs",
+            )
+    return Connection(source, target, value, "feedback", depth=depth, source_value=source_value,
+                      weight=(int(shape[0]), int(shape[1])))  # fmt: skip

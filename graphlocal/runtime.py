@@ -1,0 +1,270 @@
+"""`LocalModule`: a compiled model that stands in for the user's own, in any training loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from graphlocal.arguments import Arguments, Binder, ExampleInputs
+from graphlocal.compiler import COMPUTED, Compiled, Options, build
+from graphlocal.errors import InputError, LocalTrainingError
+from graphlocal.ir import LocalGraph
+from graphlocal.record import GuardFailure
+
+MANY_RECOMPILATIONS = 8
+
+
+class LocalModule(nn.Module):
+    """A model whose `loss.backward()` runs local updates; made by `graphlocal.compile`.
+
+    In training mode every subgraph runs on inputs that are cut off from the others, and the gradient that
+    reaches the outputs starts the error graph, whose updates land in the `grad` of the model's parameters.
+    In evaluation mode, or without gradients, it *is* the original model.
+
+    original: the user's model, trained in place. error_weights: the feedback maps E. check_finite: raise
+    LocalTrainingError, naming the subgraph, when an update is not a number.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, options: Options) -> None:
+        super().__init__()
+        self.check_finite = True
+        self._options = options
+        binder = Binder(model)
+        arguments = binder.example(example_inputs)
+        error_weights = nn.Module()
+        compiled = build(model, arguments, options, error_weights)
+        self.original = model
+        self.error_weights = error_weights
+        self._reset(binder)
+        self._remember(compiled)
+        self.training = model.training
+
+    def _reset(self, binder: Binder) -> None:
+        self._binder = binder
+        self._cache: list[tuple[Any, Compiled]] = []
+        self._recompilations = 0
+        self._watched = list(self.original.modules())
+        self._weights = list(self.original.parameters())
+
+    # What was compiled.
+
+    @property
+    def compiled(self) -> Compiled:
+        """The compilation used last.
+
+        Raises InputError after the module was moved or copied, until it has run in training mode.
+        """
+        if not self._cache:
+            raise InputError(
+                "the model was moved or copied since it was compiled",
+                remedy="run it once in training mode; it is compiled anew for its device and dtype",
+            )
+        return self._cache[0][1]
+
+    @property
+    def graph(self) -> LocalGraph:
+        """Subgraphs, error neurons, connections and schedule; `print` shows them."""
+        return self.compiled.graph
+
+    @property
+    def training_graph(self) -> fx.GraphModule:
+        """The whole training step as one `torch.fx` graph: `training_graph(*inputs, loss)`."""
+        return self.compiled.training.module
+
+    # Running.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.training and torch.is_grad_enabled()):
+            return self.original(*args, **kwargs)
+        leaves, compiled = self._prepare(args, kwargs)
+        step = LocalStep(self, compiled)
+        flat = step.forward(leaves)
+        return self._unflatten(compiled, flat)
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Compiled]:
+        """The flat inputs of a call, and a compilation that fits it."""
+        leaves, spec = self._binder.flatten(args, kwargs)
+        state = self._state()
+        dynamic: set[tuple[int, int]] = set()
+        for i, (compiled_state, compiled) in enumerate(self._cache):
+            if compiled_state == state:
+                sizes = compiled.mismatch(leaves, spec)
+                if sizes is None:
+                    if i:
+                        self._cache.insert(0, self._cache.pop(i))
+                    return leaves, compiled
+                dynamic |= sizes | compiled.traced.dynamic if sizes else set()
+        return leaves, self._recompile(leaves, spec, dynamic)
+
+    def _state(self) -> tuple[Any, ...]:
+        """What a compilation depends on besides the inputs: modes, frozen parameters, device and dtype."""
+        first = self._weights[0]
+        return (
+            first.device, first.dtype, [m.training for m in self._watched], [p.requires_grad for p in self._weights],
+        )  # fmt: skip
+
+    def _recompile(self, leaves: list[Any], spec: pytree.TreeSpec, dynamic: set[tuple[int, int]]) -> Compiled:
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        names = tuple(f"input {i}" for i in range(len(leaves)))
+        copies = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in leaves)
+        arguments = Arguments(args, kwargs, copies, names, spec).with_leaves(copies)
+        axes = {(i, 0) for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() > 0}
+        compiled = build(self.original, arguments, self._options, self.error_weights, frozenset(axes | dynamic))
+        self._recompilations += 1
+        if self._recompilations == MANY_RECOMPILATIONS:
+            warnings.warn(
+                f"{self.graph.name} was compiled {MANY_RECOMPILATIONS} times for calls that differ; each takes "
+                "seconds. Pad the inputs to one size, and keep options that are not tensors constant.",
+                stacklevel=4,
+            )
+        self._remember(compiled)
+        return compiled
+
+    def _remember(self, compiled: Compiled) -> None:
+        self._cache.insert(0, (self._state(), compiled))
+
+    def _unflatten(self, compiled: Compiled, flat: Sequence[Any]) -> Any:
+        computed = iter(flat)
+        leaves = [next(computed) if x is COMPUTED else x for x in compiled.output_template]
+        return pytree.tree_unflatten(leaves, compiled.traced.out_spec)
+
+    # nn.Module.
+
+    def train(self, mode: bool = True) -> LocalModule:
+        self.training = mode
+        self.original.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LocalModule:
+        super()._apply(fn, recurse)
+        self._cache.clear()  # devices and dtypes are written into the graph
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        derived = ("_binder", "_cache", "_watched", "_weights", "_recompilations")
+        return {key: value for key, value in self.__dict__.items() if key not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset(Binder(self.original))
+
+    def extra_repr(self) -> str:
+        return f"rule={self._options.rule}"
+
+
+class LocalStep:
+    """One forward pass and the error pass that answers it."""
+
+    def __init__(self, local: LocalModule, compiled: Compiled) -> None:
+        self.local, self.compiled = local, compiled
+        self.saved: list[Any] | None = None
+
+    def forward(self, leaves: list[Any]) -> list[Any]:
+        """Run all subgraphs; the differentiable outputs come with the local updates as their `grad_fn`."""
+        compiled, local = self.compiled, self.local
+        try:
+            outputs, self.saved = compiled.passes[0](*leaves)
+        except GuardFailure:
+            return self._again(leaves)
+        _refuse_lost_input_gradients(compiled, leaves)
+        self.inputs = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        parameters = dict(local.original.named_parameters())
+        targets = [
+            *(parameters[name] for name in compiled.training.weights),
+            *(local.get_parameter(name) for name in compiled.training.feedback),
+            *(leaves[i] for i in self.inputs),
+        ]
+        self.outputs = outputs
+        attached = iter(_LocalUpdates.apply(self, *targets))
+        return [next(attached) if taken else value for value, taken in zip(outputs, compiled.differentiable, strict=True)]
+
+    def _again(self, leaves: list[Any]) -> list[Any]:
+        """The data took another path than the recorded one: record that path, and run it."""
+        spec = self.compiled.traced.arguments.spec
+        self.compiled = self.local._recompile(leaves, spec, set())
+        return self.forward(leaves)
+
+    def backward(self, errors: Sequence[Tensor | None], retain: bool) -> list[Tensor | None]:
+        """The gradients of the parameters, of the learned feedback maps, and of the inputs that want one."""
+        if self.saved is None:
+            raise LocalTrainingError(
+                "backward was called a second time, but the first call freed what it needs",
+                remedy="call the first backward with retain_graph=True",
+            )
+        given = iter(errors)
+        aligned = tuple(next(given) if taken else None for taken in self.compiled.differentiable)
+        weights, feedback, inputs = self.compiled.passes[1](self.saved, aligned, retain)
+        if not retain:
+            self.saved = None
+        if self.local.check_finite:
+            require_finite(self.compiled, aligned, dict(zip(self.compiled.training.weights, weights, strict=True)))
+        return [*weights, *feedback, *(inputs[i] for i in self.inputs)]
+
+
+class _LocalUpdates(torch.autograd.Function):
+    """The one node of autograd's graph: from the outputs' gradients to the parameters', by local updates."""
+
+    @staticmethod
+    def forward(ctx: Any, step: LocalStep, *targets: Tensor) -> tuple[Tensor, ...]:
+        ctx.step = step
+        ctx.set_materialize_grads(False)
+        taken = zip(step.outputs, step.compiled.differentiable, strict=True)
+        outputs = tuple(value.detach() for value, differentiable in taken if differentiable)
+        del step.outputs
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
+        keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+        return (None, *ctx.step.backward(errors, bool(keep and keep())))
+
+
+def _refuse_lost_input_gradients(compiled: Compiled, leaves: list[Any]) -> None:
+    graph = compiled.graph
+    for item, leaf in zip(graph.inputs, leaves, strict=True):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            for reader in graph.readers.get(item.name, ()):
+                if reader.name not in graph.neuron:
+                    raise InputError(
+                        f"the input {item.name!r} requires a gradient, but none would reach it",
+                        where=f"subgraph {reader.name}",
+                        why="that subgraph trains nothing, so it has no error neuron to send one",
+                        remedy="detach the input, or unfreeze the subgraph's parameters",
+                    )
+
+
+def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], gradients: dict[str, Tensor | None]) -> None:
+    """Raise LocalTrainingError, naming the subgraph, if an update is not a number.
+
+    An infinite output error is let pass: a loss scaler makes it, looks for it, and skips the step.
+    """
+    found = {name: g for name, g in gradients.items() if g is not None and not g.is_sparse}
+    if not found:
+        return
+    norms = torch._foreach_norm(list(found.values()))
+    if not bool(torch.stack([norm.to(norms[0]) for norm in norms]).isnan().any()):
+        return
+    if any(error is not None and bool(error.isinf().any()) for error in errors):
+        return
+    if any(error is not None and bool(error.isnan().any()) for error in errors):
+        raise LocalTrainingError(
+            "the error of the output is not a number",
+            why="the loss or the outputs hold NaN",
+            remedy="lower the learning rate, or look for NaN in the inputs (set local.check_finite = False to go on)",
+        )
+    bad = {name for (name, _), norm in zip(found.items(), norms, strict=True) if bool(norm.isnan())}
+    order = [compiled.graph.subgraphs[a.subgraph - 1] for a in compiled.graph.schedule if a.kind == "D"]
+    subgraph = next(s for s in order if bad.intersection(s.states))
+    raise LocalTrainingError(
+        f"the local error of subgraph {subgraph.name!r} is not a number",
+        where=compiled.graph.operation[subgraph.operations[0]].source,
+        why=f"its update of {sorted(bad.intersection(subgraph.states))[0]} holds NaN",
+        remedy="lower the learning rate or beta (set local.check_finite = False to go on)",
+    )

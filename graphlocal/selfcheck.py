@@ -1,0 +1,124 @@
+"""The mandatory check of a traced graph: it must compute what the eager model computes, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graphlocal.arguments import Arguments
+from graphlocal.errors import TraceError
+from graphlocal.preserve import preserved
+
+SEEDS = (0, 1, 2)
+GRADIENT_TOLERANCE = 1e-4
+_REMEDY = (
+    "let forward depend on its inputs, parameters, buffers and torch's random numbers only; "
+    "graphlocal.check lists every obstacle"
+)
+
+
+class BufferMismatch(TraceError):
+    """The graph leaves a buffer with another value than the model does; `module` owns that buffer."""
+
+    def __init__(self, buffer: str) -> None:
+        self.module = buffer.rpartition(".")[0]
+        super().__init__(
+            f"the traced graph leaves the buffer {buffer} with another value than the model does",
+            where=f"module {self.module}" if self.module else "the model's forward",
+            why="forward assigns a new tensor to the buffer, or changes it in a way the tracer does not see",
+            remedy=f"change the buffer in place, such as self.{buffer.rpartition('.')[2]}.copy_(value)",
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    outputs: list[Any]
+    spec: pytree.TreeSpec | None
+    buffers: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor | None]
+
+
+def self_check(
+    model: nn.Module, module: fx.GraphModule, arguments: Arguments, out_spec: pytree.TreeSpec
+) -> None:
+    """Compare graph and model on the example inputs: outputs and buffers bit-equal under three seeds.
+
+    The gradients of a loss on all float outputs must agree as well (to 1e-4 of the largest entry), so that a
+    lost `no_grad` or `detach` is found.
+
+    Raises TraceError (BufferMismatch for a buffer) that says what differs.
+    """
+    for seed in SEEDS:
+        with_gradients = seed == SEEDS[0]
+        eager = _run(model, arguments, seed, with_gradients, None)
+        traced = _run(model, arguments, seed, with_gradients, module)
+        if eager.spec != out_spec:
+            raise TraceError("the traced graph returns another structure than the model", remedy=_REMEDY)
+        for i, (a, b) in enumerate(zip(eager.outputs, traced.outputs, strict=True)):
+            if not _same(a, b):
+                raise TraceError(
+                    f"output {i} of the traced graph differs from the eager model's (seed {seed})",
+                    why="forward depends on something that the tracer fixed, such as Python's random module",
+                    remedy=_REMEDY,
+                )
+        for name, value in eager.buffers.items():
+            if not _same(value, traced.buffers[name]):
+                raise BufferMismatch(name)
+        for name, gradient in eager.gradients.items():
+            _compare_gradients(name, gradient, traced.gradients[name])
+
+
+def _run(
+    model: nn.Module, arguments: Arguments, seed: int, with_gradients: bool, module: fx.GraphModule | None
+) -> _Run:
+    inputs = arguments.map(torch.clone)
+    with preserved(model), torch.set_grad_enabled(with_gradients):
+        torch.manual_seed(seed)
+        result = module(*inputs.leaves) if module is not None else model(*inputs.args, **inputs.kwargs)
+        outputs, spec = pytree.tree_flatten(result)
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        gradients = _gradients(model, outputs) if with_gradients else {}
+    outputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in outputs]
+    return _Run(outputs, spec if module is None else None, buffers, gradients)
+
+
+def _gradients(model: nn.Module, outputs: list[Any]) -> dict[str, torch.Tensor | None]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    losses = [x.square().mean() for x in outputs
+              if isinstance(x, torch.Tensor) and x.is_floating_point() and x.requires_grad]  # fmt: skip
+    if not losses or not parameters:
+        return {}
+    found = torch.autograd.grad(torch.stack(losses).sum(), list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return bool(type(a) is type(b) and a == b)
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(7.7), b.nan_to_num(7.7)))
+
+
+def _compare_gradients(name: str, eager: torch.Tensor | None, traced: torch.Tensor | None) -> None:
+    if (eager is None) != (traced is None):
+        differs = True
+    else:
+        differs = eager is not None and traced is not None and not _close(eager, traced)
+    if differs:
+        raise TraceError(
+            f"the traced graph gives the parameter {name} another gradient than the model does",
+            why="a no_grad, a detach or a custom backward was lost by the tracer",
+            remedy="put that part of forward into a submodule of its own",
+        )
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.is_sparse or b.is_sparse:
+        a, b = a.to_dense(), b.to_dense()
+    scale = float(a.abs().max().nan_to_num(0.0)) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-3, atol=GRADIENT_TOLERANCE * scale + 1e-12, equal_nan=True)

@@ -1,0 +1,278 @@
+"""Trace a model into a normalized `torch.fx` graph that provably computes the same in training mode.
+
+The chain of tracers, each followed by the same self-check (`graphlocal.selfcheck`):
+
+1. `torch.export` (non-strict) with a symbolic batch size;
+2. the same with the example's sizes;
+3. the same with the submodules that no tracer sees through as opaque leaves;
+4. a recording of one real step (`graphlocal.record`), for control flow at the model's root;
+5. a refusal that says where the tracer stopped, why, and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graphlocal.arguments import Arguments
+from graphlocal.errors import GraphLocalError, InputError, TraceError
+from graphlocal.normalize import normalize
+from graphlocal.opaque import insert_leaves, opaque_leaves
+from graphlocal.preserve import preserved, training_mode
+from graphlocal.selfcheck import BufferMismatch, self_check
+
+DynamicDims = frozenset[tuple[int, int]]
+"""Axes of the flat inputs whose size may differ from call to call, as (leaf, axis)."""
+
+MAX_OPAQUE = 16
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A model in training mode as a graph.
+
+    module: flat inputs to flat outputs, in `torch.fx`; its parameters and buffers are the model's own, under
+    the model's names. constants: tensors that the tracer found besides them. rung: how it was traced.
+    arguments: the example inputs. out_spec: pytree structure of the outputs. opaque: paths of opaque leaves.
+    dynamic: the axes that were traced with a symbolic size.
+    """
+
+    module: fx.GraphModule
+    arguments: Arguments
+    out_spec: pytree.TreeSpec
+    rung: str
+    opaque: tuple[str, ...] = ()
+    dynamic: DynamicDims = frozenset()
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def trace(model: nn.Module, arguments: Arguments, dynamic: DynamicDims | None = None) -> TracedModel:
+    """Trace a model in training mode; the model is left as it was.
+
+    arguments: example inputs, a batch of 2 or more. dynamic: default, axis 0 of every tensor.
+
+    Raises TraceError if no tracer gives a graph with the eager model's outputs, buffers and gradients.
+    """
+    if dynamic is None:
+        dynamic = frozenset(
+            (i, 0) for i, x in enumerate(arguments.leaves) if isinstance(x, torch.Tensor) and x.dim() > 0
+        )
+    failures: list[Failure] = []
+    opaque: tuple[str, ...] = ()
+    with training_mode(model):
+        while len(opaque) <= MAX_OPAQUE:
+            for dims in dict.fromkeys((dynamic, frozenset())):
+                try:
+                    return _export_rung(model, arguments, dims, opaque)
+                except _RungError as error:
+                    if not failures:
+                        _require_eager(model, arguments)
+                    failures.append(error.failure)
+            offender = _next_offender(failures, opaque)
+            if offender is None:
+                break
+            opaque = _without_children((*opaque, offender))
+        raise _refusal(model, failures)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one tracer failed: the innermost module that was running, and the error."""
+
+    rung: str
+    module: str
+    error: Exception
+
+
+class _RungError(Exception):
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+
+
+def _export_rung(
+    model: nn.Module, arguments: Arguments, dynamic: DynamicDims, opaque: tuple[str, ...]
+) -> TracedModel:
+    rung = "export" if dynamic else "export with fixed sizes"
+    stack: list[str] = []
+    try:
+        with preserved(model), _quiet():
+            run = lambda: _run_once(model, arguments)  # noqa: E731
+            with opaque_leaves(model, opaque, run), _module_stack(model, stack):
+                program = torch.export.export(
+                    model, arguments.args, arguments.kwargs, strict=False,
+                    dynamic_shapes=_dynamic_shapes(model, arguments, dynamic),
+                )  # fmt: skip
+            module = program.module(check_guards=False)
+            assert isinstance(module, fx.GraphModule)
+        traced = _finish(model, module, arguments, dynamic, rung)
+    except Exception as error:
+        raise _RungError(Failure(rung, stack[-1] if stack else "", error)) from error
+    try:
+        self_check(model, traced.module, arguments, traced.out_spec)
+    except GraphLocalError as error:
+        where = error.module if isinstance(error, BufferMismatch) else ""
+        raise _RungError(Failure(rung, where, error)) from error
+    return traced
+
+
+def _finish(
+    model: nn.Module, exported: fx.GraphModule, arguments: Arguments, dynamic: DynamicDims, rung: str
+) -> TracedModel:
+    """Flatten the calling convention, name the states as the model does, normalize."""
+    out_spec = exported._out_spec
+    graph = exported.graph
+    graph.set_codegen(fx.CodeGen())
+    (output,) = graph.find_nodes(op="output")
+    output.args = (tuple(output.args[0]),)
+    opaque = insert_leaves(exported)
+    attributes, constants = _name_states(model, exported)
+    for node in graph.find_nodes(op="call_module"):
+        attributes[str(node.target)] = exported.get_submodule(str(node.target))
+    module = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
+    normalize(module)
+    return TracedModel(module, arguments, out_spec, rung, opaque, dynamic, constants)
+
+
+def _name_states(model: nn.Module, exported: fx.GraphModule) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Let every `get_attr` use the name that the model has first for a tensor.
+
+    Returns all attributes by name, and those tensors among them that are not the model's own.
+    Raises TraceError if a trainable parameter was copied instead of shared.
+    """
+    names: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        names.setdefault(id(tensor), name)
+    attributes: dict[str, Any] = {}
+    constants: dict[str, torch.Tensor] = {}
+    for node in exported.graph.find_nodes(op="get_attr"):
+        value: Any = exported
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if isinstance(value, torch.Tensor):
+            if id(value) in names:
+                node.target = names[id(value)]
+            elif isinstance(value, nn.Parameter) and value.requires_grad:
+                raise TraceError(f"the tracer copied the parameter {node.target}")
+            else:
+                constants[str(node.target)] = value
+        attributes[str(node.target)] = value
+    return attributes, constants
+
+
+def _dynamic_shapes(model: nn.Module, arguments: Arguments, dynamic: DynamicDims) -> Any:
+    if not dynamic:
+        return None
+    dims = [
+        {axis: torch.export.Dim.AUTO for leaf, axis in dynamic if leaf == i} or None
+        if isinstance(x, torch.Tensor)
+        else None
+        for i, x in enumerate(arguments.leaves)
+    ]
+    args, kwargs = pytree.tree_unflatten(dims, arguments.spec)
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+
+
+def _run_once(model: nn.Module, arguments: Arguments) -> None:
+    with preserved(model):
+        model(*arguments.args, **arguments.kwargs)
+
+
+def _require_eager(model: nn.Module, arguments: Arguments) -> None:
+    """Raises InputError if the model itself does not run on the example inputs."""
+    stack: list[str] = []
+    try:
+        with preserved(model), _module_stack(model, stack), torch.no_grad():
+            model(*arguments.args, **arguments.kwargs)
+    except Exception as error:
+        shapes = ", ".join(
+            f"{name}: {str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+            for name, x in zip(arguments.names, arguments.leaves, strict=True)
+            if isinstance(x, torch.Tensor)
+        )
+        raise InputError(
+            f"{type(model).__name__} does not run on the example inputs ({shapes})",
+            where=f"module {stack[-1]}" if stack else "the model's own forward",
+            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+            remedy="pass example_inputs of the shape, dtype and device that the model takes",
+        ) from error
+
+
+@contextmanager
+def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """While open, `stack` holds the paths of the running modules; an error leaves it as it was."""
+
+    def enter(path: str) -> Callable[..., None]:
+        return lambda *_: stack.append(path)
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    handles = []
+    for path, module in model.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(enter(path), prepend=True))
+            handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's own warnings and logs: the self-check decides, not they."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        # the exporter prints the half-made graph to stderr before it raises
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _next_offender(failures: list[Failure], opaque: tuple[str, ...]) -> str | None:
+    """The smallest submodule in which tracing stopped; its parent if it is opaque already."""
+    for failure in reversed(failures):
+        path = failure.module
+        while path in opaque:
+            path = path.rpartition(".")[0]
+        if path:
+            return path
+    return None
+
+
+def _without_children(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(p for p in dict.fromkeys(paths) if not any(p.startswith(f"{q}.") for q in paths))
+
+
+def _refusal(model: nn.Module, failures: list[Failure]) -> TraceError:
+    last = failures[-1]
+    if isinstance(last.error, GraphLocalError):
+        return TraceError(
+            f"{type(model).__name__} could not be traced: {last.error.message}",
+            where=last.error.where or last.module or "the model's forward",
+            why=last.error.why,
+            remedy=last.error.remedy,
+        )
+    text = str(last.error).strip().splitlines()
+    return TraceError(
+        f"{type(model).__name__} could not be traced",
+        where=f"module {last.module}" if last.module else "the model's own forward",
+        why=f"{type(last.error).__name__}: {text[0] if text else ''}",
+        remedy="move the operation into a submodule of its own, which then runs as an opaque leaf, or make it "
+        "independent of the data (torch.where instead of if)",
+    )

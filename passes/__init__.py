@@ -1,0 +1,1 @@
+"""The compiler passes, imported as `graphlocal.passes`: each turns one `LocalGraph` into another."""

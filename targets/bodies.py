@@ -1,0 +1,197 @@
+"""The pieces of a training graph: what runs forward, what forms an error, what updates.
+
+Every piece is an `nn.Module` so that it can be called from a `torch.fx` graph; none of them owns a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphlocal.feedback import Layout, cotangent_update
+from graphlocal.ir import LocalGraph, Subgraph
+from graphlocal.rules import Neuron, Rule
+
+
+def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph) -> fx.GraphModule:
+    """A subgraph as a function: inputs, sizes and states in; representations, then pre-activations, out."""
+    nodes = {node.name: node for node in source.graph.nodes}
+    body, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    attributes: dict[str, Any] = {}
+    for value in (*subgraph.inputs, *sizes_read(graph, subgraph)):
+        copied[nodes[value]] = body.placeholder(value)
+    states = {name: body.placeholder(_identifier(name)) for name in subgraph.states}
+    for name in subgraph.operations:
+        node = nodes[name]
+        for attribute in node.all_input_nodes:
+            if attribute.op == "get_attr" and attribute not in copied:
+                target = str(attribute.target)
+                if target in states:
+                    copied[attribute] = states[target]
+                else:  # the body of a higher-order operator
+                    attributes[target] = source.get_submodule(target)
+                    copied[attribute] = body.get_attr(target)
+        if node.op == "call_module":
+            attributes[str(node.target)] = source.get_submodule(str(node.target))
+        copied[node] = body.node_copy(node, copied.__getitem__)
+    z = [copied[nodes[output.value]] for output in subgraph.outputs]
+    h = [copied[nodes[name]] for name in preactivations(subgraph)]
+    body.output((*z, *h))
+    return fx.GraphModule(attributes, body, class_name="Subgraph")
+
+
+def sizes_read(graph: LocalGraph, subgraph: Subgraph) -> tuple[str, ...]:
+    """The size operations that a subgraph reads."""
+    sizes = {op.name for op in graph.sizes}
+    read = (name for op in subgraph.operations for name in graph.operation[op].inputs if name in sizes)
+    return tuple(dict.fromkeys(read))
+
+
+def preactivations(subgraph: Subgraph) -> tuple[str, ...]:
+    """The pre-activations of a subgraph that are not representations themselves."""
+    values = {output.value for output in subgraph.outputs}
+    return tuple(dict.fromkeys(o.preactivation for o in subgraph.outputs if o.preactivation not in values))
+
+
+def tail_function(source: fx.GraphModule, tail: Sequence[str], start: str) -> Callable[[Tensor], Tensor]:
+    """phi, the elementwise tail of a representation, as a function of its pre-activation."""
+    if not tail:
+        return _identity
+    nodes = {node.name: node for node in source.graph.nodes}
+    graph = fx.Graph()
+    copied = {nodes[start]: graph.placeholder("h")}
+    for name in tail:
+        copied[nodes[name]] = graph.node_copy(nodes[name], copied.__getitem__)
+    graph.output(copied[nodes[tail[-1]]])
+    return fx.GraphModule({}, graph, class_name="Tail").forward  # type: ignore[no-any-return]
+
+
+def _identity(h: Tensor) -> Tensor:
+    return h
+
+
+def _identifier(name: str) -> str:
+    plain = "".join(c if c.isalnum() else "_" for c in name)
+    return f"_{plain}" if plain[0].isdigit() else plain
+
+
+def boundary(value: Any, differentiable: bool) -> Any:
+    """A representation as its readers see it: cut off from the subgraph that made it.
+
+    differentiable: whether a reader sends a vector-Jacobian product back to this value.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(differentiable) if value.is_floating_point() else value
+
+
+def model_input(value: Any) -> Any:
+    """A model input, cut off from what made it; it takes a gradient if the caller's tensor does."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    return value.detach().requires_grad_()
+
+
+def add_messages(*messages: Tensor | None) -> Tensor | None:
+    """The sum of the messages that arrived, or None."""
+    arrived = [message for message in messages if message is not None]
+    total = arrived[0] if arrived else None
+    for message in arrived[1:]:
+        total = total + message
+    return total
+
+
+class Feedback(nn.Module):
+    """The message E e of one feedback connection; None where the source has no error."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, weight: Tensor, error: Tensor | None, target: Tensor) -> Tensor | None:
+        return None if error is None else self.layout.apply(weight.detach(), error, target)
+
+    def extra_repr(self) -> str:
+        return str(self.layout)
+
+
+class LocalError(nn.Module):
+    """The local error of one representation, from its displacement, by the learning rule.
+
+    Errors travel in the units of the loss; the rule sees them per sample, that is times the batch size.
+    """
+
+    def __init__(self, rule: Rule, value: str, phi: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rule, self.value, self.phi = rule, value, phi
+
+    def neuron(self, h: Tensor, z: Tensor) -> Neuron:
+        return Neuron(self.value, h.detach(), z.detach(), self.phi)
+
+    def forward(self, h: Tensor, z: Tensor, displacement: Tensor | None, batch: int) -> Tensor | None:
+        if displacement is None:
+            return None
+        with torch.no_grad():
+            return self.rule.local_error(self.neuron(h, z), displacement * batch) / batch
+
+
+class FeedbackUpdate(nn.Module):
+    """The update of one learned feedback map E."""
+
+    def __init__(self, error: LocalError, layout: Layout) -> None:
+        super().__init__()
+        self.error, self.layout = error, layout
+
+    def forward(self, weight: Tensor, h: Tensor, z: Tensor, displacement: Tensor | None,
+                source: Tensor | None, batch: int) -> Tensor | None:  # fmt: skip
+        if displacement is None or source is None or not weight.requires_grad:
+            return None
+        with torch.no_grad():
+            cotangent = self.error.rule.feedback_cotangent(self.error.neuron(h, z), displacement * batch)
+        if cotangent is None:
+            return None
+        return self.error.rule.project(cotangent_update(self.layout, weight, source, cotangent.detach()))
+
+
+@dataclass(frozen=True)
+class UpdateShape:
+    """How many values `Update` takes of each kind: outputs (and as many errors), parameters, inputs."""
+
+    outputs: int
+    parameters: int
+    inputs: int
+
+
+class Update(nn.Module):
+    """A subgraph's local update: its own vector-Jacobian product with its error as the cotangent.
+
+    forward(*outputs, *errors, *parameters, *inputs, retain) -> (parameter updates..., input messages...)
+    """
+
+    def __init__(self, rule: Rule, shape: UpdateShape) -> None:
+        super().__init__()
+        self.rule, self.shape = rule, shape
+        self.projects = type(rule).project is not Rule.project
+
+    def forward(self, *values: Any) -> tuple[Tensor | None, ...]:
+        *tensors, retain = values
+        count, shape = self.shape.outputs, self.shape
+        pairs = [(z, e) for z, e in zip(tensors[:count], tensors[count : 2 * count], strict=True)
+                 if e is not None and z.requires_grad]  # fmt: skip
+        wanted = tensors[2 * count :]
+        asked = [i for i, tensor in enumerate(wanted) if isinstance(tensor, Tensor) and tensor.requires_grad]
+        result: list[Tensor | None] = [None] * (shape.parameters + shape.inputs)
+        if not pairs or not asked:
+            return tuple(result)
+        outputs, errors = zip(*pairs, strict=True)
+        found = torch.autograd.grad(
+            outputs, [wanted[i] for i in asked], errors, allow_unused=True, retain_graph=retain
+        )
+        for i, gradient in zip(asked, found, strict=True):
+            project = self.projects and i < shape.parameters and gradient is not None
+            result[i] = self.rule.project(gradient) if project else gradient
+        return tuple(result)

@@ -1,0 +1,356 @@
+"""The eager target: emit a scheduled `LocalGraph` as one executable `torch.fx.GraphModule`, the training graph.
+
+Called as `training_graph(*inputs, loss)`, it runs the schedule's actions in order and returns
+`(outputs, parameter gradients, feedback gradients, input gradients)`. `loss` maps the tuple of outputs to the
+tuple of their errors dloss/doutput. `split` cuts the graph at that point, for training loops in which the loss
+is the user's own code.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphlocal.feedback import layout
+from graphlocal.ir import Connection, LocalGraph, Representation, Subgraph
+from graphlocal.rules import Rule
+from graphlocal.targets.bodies import (
+    Feedback,
+    FeedbackUpdate,
+    LocalError,
+    Update,
+    UpdateShape,
+    add_messages,
+    boundary,
+    model_input,
+    preactivations,
+    sizes_read,
+    subgraph_body,
+    tail_function,
+)
+from graphlocal.trace import TracedModel
+
+LossErrors = Callable[[tuple[Any, ...]], Sequence[Tensor | None]]
+Apply = Callable[[tuple[str, ...], tuple[Tensor | None, ...]], None]
+
+
+def output_errors(loss: LossErrors, outputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """dloss/doutput for every output; None where there is none."""
+    return tuple(loss(outputs))
+
+
+def batch_size(*candidates: Any) -> int:
+    """The size of the first axis of the first candidate that has one."""
+    return next((x.shape[0] for x in candidates if isinstance(x, Tensor) and x.dim() > 0), 1)
+
+
+def apply_updates(apply: Apply, names: tuple[str, ...], *gradients: Tensor | None) -> None:
+    """Hand finished gradients to the optimizer; nothing else holds them afterwards."""
+    apply(names, gradients)
+
+
+@dataclass(frozen=True)
+class TrainingGraph:
+    """What the eager target emits.
+
+    module: the whole step. weights: names of the trainable parameters whose gradients it returns, in order;
+    feedback: names of the learned feedback maps, likewise. loss: the node at which the loss is taken.
+    """
+
+    module: fx.GraphModule
+    weights: tuple[str, ...]
+    feedback: tuple[str, ...]
+    loss: str
+
+
+def emit(
+    graph: LocalGraph, traced: TracedModel, model: nn.Module, rule: Rule, error_weights: nn.Module, fused: bool = False
+) -> TrainingGraph:
+    """The training graph of a scheduled graph.
+
+    error_weights: holds the feedback maps, under `weight_names(graph)`. fused: hand each gradient to a further
+    argument `apply(names, gradients)` as soon as it is complete, instead of returning them all.
+    """
+    return _Emitter(graph, traced, model, rule, error_weights, fused).emit()
+
+
+def weight_names(graph: LocalGraph) -> dict[str, str]:
+    """The attribute name of each feedback connection's E, by the connection's name."""
+    feedback = [c for c in graph.connections if c.kind == "feedback"]
+    return {c.name: f"{c.value}_from_{c.source_value}" for c in feedback}
+
+
+class _Emitter:
+    def __init__(self, graph: LocalGraph, traced: TracedModel, model: nn.Module, rule: Rule,
+                 error_weights: nn.Module, fused: bool) -> None:  # fmt: skip
+        self.graph, self.traced, self.model, self.rule, self.fused = graph, traced, model, rule, fused
+        self.fx = fx.Graph()
+        self.modules: dict[str, nn.Module] = {}
+        self.roots = {"original": model, "error_weights": error_weights, "constants": nn.Module()}
+        for i, constant in enumerate(traced.constants.values()):
+            self.roots["constants"].register_buffer(f"c{i}", constant)
+        self.constant_names = {name: f"constants.c{i}" for i, name in enumerate(traced.constants)}
+        self.attributes: dict[str, fx.Node] = {}
+        self.seen: dict[str, fx.Node] = {}  # values as their readers see them: inputs, sizes, cut-off z
+        self.attached: dict[str, fx.Node] = {}  # z and h with their subgraph's autograd history
+        self.errors: dict[str, fx.Node] = {}  # of each value, in the units of the loss
+        self.feeds: dict[str, list[tuple[fx.Node, fx.Node]]] = {}  # of each subgraph: (output, its error)
+        self.messages: dict[str, fx.Node] = {}  # of each vjp connection
+        self.gradients: dict[str, list[fx.Node]] = {}  # contributions to each parameter and E
+        self.input_gradients: dict[str, list[fx.Node]] = {}
+        self.weight_names = weight_names(graph)
+        self.output_error: fx.Node | None = None
+        self.last_user = {name: subgraph.name for subgraph in self._update_order() for name in graph.trainable(subgraph)}
+
+    def _update_order(self) -> list[Subgraph]:
+        return [self.graph.subgraphs[a.subgraph - 1] for a in self.graph.schedule if a.kind == "U"]
+
+    def emit(self) -> TrainingGraph:
+        for item in self.graph.inputs:
+            placeholder = self.fx.placeholder(item.name)
+            self.seen[item.name] = self.call(model_input, placeholder) if item.type else placeholder
+        self.loss = self.fx.placeholder("loss")
+        self.apply = self.fx.placeholder("apply") if self.fused else None
+        self.retain = self.fx.placeholder("retain", default_value=False)
+        self._sizes()
+        actions = [(a.kind, self.graph.subgraphs[a.subgraph - 1]) for a in self.graph.schedule]
+        for kind, subgraph in actions:
+            if kind == "F":
+                self._forward(subgraph)
+        self._loss()
+        for kind, subgraph in actions:
+            if kind == "D":
+                self._displace(subgraph)
+            elif kind == "U":
+                self._update(subgraph)
+        return self._finish()
+
+    # Small helpers.
+
+    def call(self, function: Callable[..., Any], *args: Any, name: str | None = None) -> fx.Node:
+        return self.fx.create_node("call_function", function, args, {}, name)
+
+    def call_module(self, name: str, module: nn.Module, *args: Any) -> fx.Node:
+        self.modules[name] = module
+        return self.fx.create_node("call_module", name, args, {}, name)
+
+    def attribute(self, state: str) -> fx.Node:
+        target = self.constant_names.get(state) or f"original.{state}"
+        return self._get(target)
+
+    def _get(self, target: str) -> fx.Node:
+        if target not in self.attributes:
+            self.attributes[target] = self.fx.get_attr(target)
+        return self.attributes[target]
+
+    # The actions.
+
+    def _sizes(self) -> None:
+        nodes = {node.name: node for node in self.traced.module.graph.nodes}
+        for op in self.graph.sizes:
+            self.seen[op.name] = self.fx.node_copy(nodes[op.name], lambda n: self.seen[n.name])
+
+    def _forward(self, subgraph: Subgraph) -> None:
+        number = self.graph.number[subgraph.name]
+        body = subgraph_body(self.traced.module, self.graph, subgraph)
+        inputs = [self.seen[value] for value in (*subgraph.inputs, *sizes_read(self.graph, subgraph))]
+        result = self.call_module(f"F{number}", body, *inputs, *map(self.attribute, subgraph.states))
+        names = [*(output.value for output in subgraph.outputs), *preactivations(subgraph)]
+        for i, name in enumerate(names):
+            self.attached[name] = self.call(operator.getitem, result, i, name=f"{name}_in_F{number}")
+        sent_back = {c.value for c in self.graph.incoming(subgraph.name) if c.kind == "vjp"}
+        for output in subgraph.outputs:
+            cut = self.call(boundary, self.attached[output.value], output.value in sent_back, name=output.value)
+            self.seen[output.value] = cut
+
+    def _loss(self) -> None:
+        outputs = tuple(self._returned(value) for value in self.graph.outputs)
+        self.outputs = outputs
+        self.output_error = self.call(output_errors, self.loss, outputs, name="output_error")
+        candidates = [*outputs, *(self.seen[item.name] for item in self.graph.inputs)]
+        self.batch = self.call(batch_size, *candidates, name="batch")
+
+    def _returned(self, value: str) -> fx.Node:
+        return self.seen[value] if value in self.seen else self._get(self.constant_names.get(value, value))
+
+    def _displace(self, subgraph: Subgraph) -> None:
+        feeds: list[tuple[fx.Node, fx.Node]] = []
+        outputs = {output.value: output for output in subgraph.outputs}
+        for value in self.graph.neuron[subgraph.name].values:
+            incoming = [c for c in self.graph.incoming(subgraph.name) if c.value == value]
+            exact = self._sum([m for c in incoming if c.exact for m in self._message(c)])
+            displacement = self._sum([m for c in incoming if not c.exact for m in self._message(c)])
+            local = None
+            if displacement is not None:
+                local = self._local_error(outputs[value], displacement, incoming, feeds)
+            if exact is not None:
+                feeds.append((self.attached[value], exact))
+            error = self._sum([e for e in (exact, local) if e is not None])
+            if error is not None:
+                self.errors[value] = error
+        self.feeds[subgraph.name] = feeds
+
+    def _local_error(self, output: Representation, displacement: fx.Node, incoming: list[Connection],
+                     feeds: list[tuple[fx.Node, fx.Node]]) -> fx.Node:  # fmt: skip
+        value = output.value
+        phi = tail_function(self.traced.module, self.graph.tail(output), output.preactivation)
+        module = LocalError(self.rule, value, phi)
+        h, z = self.attached[output.preactivation], self.attached[value]
+        error = self.call_module(f"e_{value}", module, h, z, displacement, self.batch)
+        feeds.append((h if self.rule.feeds == "preactivation" else z, error))
+        if self.rule.learns_feedback:
+            for connection in incoming:
+                if connection.kind == "feedback":
+                    self._learn_feedback(connection, module, h, z, displacement)
+        return error
+
+    def _learn_feedback(self, connection: Connection, error: LocalError, h: fx.Node, z: fx.Node,
+                        displacement: fx.Node) -> None:  # fmt: skip
+        name = self.weight_names[connection.name]
+        update = FeedbackUpdate(error, layout(self.graph, connection))
+        weight = self._get(f"error_weights.{name}")
+        node = self.call_module(f"{name}_update", update, weight, h, z, displacement,
+                                self.errors.get(connection.source_value), self.batch)  # fmt: skip
+        self.gradients[f"error_weights.{name}"] = [node]
+        self._apply([f"error_weights.{name}"])
+
+    def _message(self, connection: Connection) -> list[fx.Node]:
+        """The messages of one connection; a value that the model returns twice has two errors."""
+        if connection.kind == "loss":
+            assert self.output_error is not None
+            positions = [i for i, value in enumerate(self.graph.outputs) if value == connection.value]
+            return [self.call(operator.getitem, self.output_error, i) for i in positions]
+        if connection.kind == "vjp":
+            return [self.messages[connection.name]] if connection.name in self.messages else []
+        error = self.errors.get(connection.source_value)
+        if error is None:
+            return []
+        name = self.weight_names[connection.name]
+        weight = self._get(f"error_weights.{name}")
+        module = Feedback(layout(self.graph, connection))
+        return [self.call_module(f"d_{name}", module, weight, error, self.attached[connection.value])]
+
+    def _sum(self, nodes: list[fx.Node]) -> fx.Node | None:
+        if len(nodes) < 2:
+            return nodes[0] if nodes else None
+        return self.call(add_messages, *nodes)
+
+    def _update(self, subgraph: Subgraph) -> None:
+        number = self.graph.number[subgraph.name]
+        feeds = self.feeds[subgraph.name]
+        weights = self.graph.trainable(subgraph)
+        sent = [c for c in self.graph.connections if c.kind == "vjp" and c.source == subgraph.name]
+        inputs = [item.name for item in self.graph.inputs if item.name in subgraph.inputs and item.type]
+        if not feeds:
+            return
+        shape = UpdateShape(len(feeds), len(weights), len(sent) + len(inputs))
+        result = self.call_module(
+            f"U{number}", Update(self.rule, shape),
+            *(output for output, _ in feeds), *(error for _, error in feeds),
+            *map(self.attribute, weights), *(self.seen[c.value] for c in sent), *(self.seen[x] for x in inputs),
+            self.retain,
+        )  # fmt: skip
+        taken = [self.call(operator.getitem, result, i) for i in range(shape.parameters + shape.inputs)]
+        for name, node in zip(weights, taken[: shape.parameters], strict=True):
+            self.gradients.setdefault(name, []).append(node)
+        for connection, node in zip(sent, taken[shape.parameters :], strict=False):
+            self.messages[connection.name] = node
+        for name, node in zip(inputs, taken[shape.parameters + len(sent) :], strict=True):
+            self.input_gradients.setdefault(name, []).append(node)
+        self._apply([name for name in weights if self.last_user[name] == subgraph.name])
+
+    def _apply(self, names: list[str]) -> None:
+        if self.fused and names:
+            gradients = [self._sum(self.gradients[name]) for name in names]
+            self.call(apply_updates, self.apply, tuple(names), *gradients)
+
+    def _finish(self) -> TrainingGraph:
+        weights = tuple(s.name for s in self.graph.states if s.trainable and s.name in self.gradients)
+        feedback = tuple(name for name in self.gradients if name.startswith("error_weights."))
+        returned: Any = self.outputs
+        if not self.fused:
+            inputs = [self._sum(self.input_gradients.get(item.name, [])) for item in self.graph.inputs]
+            returned = (
+                self.outputs,
+                tuple(self._sum(self.gradients[name]) for name in weights),
+                tuple(self._sum(self.gradients[name]) for name in feedback),
+                tuple(inputs),
+            )
+        self.fx.output(returned)
+        assert self.output_error is not None
+        module = assemble(self.fx, self.modules, self.roots, f"{self.graph.name}Training")
+        return TrainingGraph(module, weights, feedback, self.output_error.name)
+
+
+def assemble(graph: fx.Graph, modules: dict[str, nn.Module], roots: dict[str, nn.Module], name: str) -> fx.GraphModule:
+    """A GraphModule whose attributes below `roots` are looked up when it runs, not copied."""
+    holder = nn.Module()
+    for key, module in (*modules.items(), *roots.items()):
+        holder.add_module(key, module)
+    result = fx.GraphModule(holder, graph, class_name=name)
+    for key, module in roots.items():
+        result._modules[key] = module
+    return result
+
+
+def split(training: TrainingGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The training graph cut at the loss, as (forward pass, error pass).
+
+    forward_pass(*inputs) -> (outputs, saved list); error_pass(saved, errors, [apply,] retain) -> what follows
+    the outputs in the training graph's result. The error pass empties `saved` as it goes, unless it retains.
+    """
+    module = training.module
+    nodes = list(module.graph.nodes)
+    at = next(i for i, node in enumerate(nodes) if node.name == training.loss)
+    after = {node for node in nodes[at:] if node.op != "get_attr"}
+    late = {"loss", "apply", "retain"}
+    early = [n for n in nodes[:at] if n.name not in late]
+    attributes = [n for n in nodes if n.op == "get_attr"]
+    saved = [n for n in early if n.op != "get_attr" and any(user in after for user in n.users)]
+    outputs = nodes[at].args[1]
+
+    forward, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in early:
+        copied[node] = forward.node_copy(node, copied.__getitem__)
+    forward.output((fx.map_arg(outputs, copied.__getitem__), [copied[n] for n in saved]))
+
+    backward, back = fx.Graph(), dict[fx.Node, fx.Node]()
+    store, errors = backward.placeholder("saved"), backward.placeholder("errors")
+    placeholders = {n.name: n for n in nodes if n.op == "placeholder" and n.name in late}
+    for name in ("apply", "retain"):
+        if name in placeholders:
+            back[placeholders[name]] = backward.node_copy(placeholders[name])
+    retain = back[placeholders["retain"]]
+    position = {n: i for i, n in enumerate(saved)}
+    back[nodes[at]] = errors
+    for node in nodes[at + 1 :]:
+        for source in node.all_input_nodes:
+            if source not in back and source in position and node.op != "output":
+                back[source] = backward.call_function(take, (store, position[source], retain))
+            elif source not in back and source in attributes:
+                back[source] = backward.node_copy(source)
+        if node.op == "output":
+            rest = node.args[0][1:] if len(late & set(placeholders)) == 2 else ()
+            backward.output(fx.map_arg(rest, back.__getitem__))
+        elif node.op != "get_attr":
+            back[node] = backward.node_copy(node, back.__getitem__)
+    return _like(module, forward, "ForwardPass"), _like(module, backward, "ErrorPass")
+
+
+def take(saved: list[Any], index: int, retain: bool) -> Any:
+    """A saved value, which the list lets go of unless it is retained for another error pass."""
+    value = saved[index]
+    if not retain:
+        saved[index] = None
+    return value
+
+
+def _like(module: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
+    used = {str(n.target) for n in graph.find_nodes(op="call_module")}
+    roots = {key: child for key, child in module.named_children() if key in ("original", "error_weights", "constants")}
+    return assemble(graph, {key: module.get_submodule(key) for key in used}, roots, name)
