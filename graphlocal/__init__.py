@@ -7,8 +7,19 @@ if not (_pathlib.Path(__file__).resolve().parent / "passes").is_dir():
     __path__.append(str(_pathlib.Path(__file__).resolve().parent.parent))
 
 from graphlocal import rules
+from graphlocal.alignment import Alignment, alignment
 from graphlocal.compile import compile
 from graphlocal.errors import GraphLocalError
 from graphlocal.runtime import LocalModule
+from graphlocal.step import TrainStep, train_step
 
-__all__ = ["GraphLocalError", "LocalModule", "compile", "rules"]
+__all__ = [
+    "Alignment",
+    "GraphLocalError",
+    "LocalModule",
+    "TrainStep",
+    "alignment",
+    "compile",
+    "rules",
+    "train_step",
+]

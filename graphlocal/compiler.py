@@ -36,7 +36,7 @@ class Options:
     streams: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compiled:
     """A model compiled for one kind of call.
 
@@ -50,6 +50,7 @@ class Compiled:
     records: tuple[PassRecord, ...]
     training: TrainingGraph
     error_weights: nn.Module
+
     @cached_property
     def passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The training graph cut at the loss: forward pass and error pass."""

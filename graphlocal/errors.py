@@ -54,6 +54,10 @@ class LocalTrainingError(GraphLocalError, RuntimeError):
     """A training step could not be carried out, such as a NaN in a local error."""
 
 
+class GuardFailure(GraphLocalError):
+    """The data took another path through the model than the one that was recorded."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "did you mean 'x'?", or the list of what is known when nothing is near."""
     known = list(known)

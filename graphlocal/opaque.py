@@ -38,7 +38,9 @@ class OpaqueLeaf(nn.Module):
         self._is_tensor = [isinstance(x, torch.Tensor) for x in leaves]
         outputs, self.out_spec = pytree.tree_flatten(result)
         self.sizes_in = [tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor)]
-        self.outputs = [torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x for x in outputs]
+        self.outputs = [
+            torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x for x in outputs
+        ]
 
     @property
     def submodule(self) -> nn.Module:

@@ -13,9 +13,8 @@ from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import Arguments, Binder, ExampleInputs
 from graphlocal.compiler import COMPUTED, Compiled, Options, build
-from graphlocal.errors import InputError, LocalTrainingError
+from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.ir import LocalGraph
-from graphlocal.record import GuardFailure
 
 MANY_RECOMPILATIONS = 8
 
@@ -115,7 +114,9 @@ class LocalModule(nn.Module):
         copies = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in leaves)
         arguments = Arguments(args, kwargs, copies, names, spec).with_leaves(copies)
         axes = {(i, 0) for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() > 0}
-        compiled = build(self.original, arguments, self._options, self.error_weights, frozenset(axes | dynamic))
+        compiled = build(
+            self.original, arguments, self._options, self.error_weights, frozenset(axes | dynamic)
+        )
         self._recompilations += 1
         if self._recompilations == MANY_RECOMPILATIONS:
             warnings.warn(
@@ -182,7 +183,10 @@ class LocalStep:
         ]
         self.outputs = outputs
         attached = iter(_LocalUpdates.apply(self, *targets))
-        return [next(attached) if taken else value for value, taken in zip(outputs, compiled.differentiable, strict=True)]
+        return [
+            next(attached) if taken else value
+            for value, taken in zip(outputs, compiled.differentiable, strict=True)
+        ]
 
     def _again(self, leaves: list[Any]) -> list[Any]:
         """The data took another path than the recorded one: record that path, and run it."""
@@ -203,7 +207,9 @@ class LocalStep:
         if not retain:
             self.saved = None
         if self.local.check_finite:
-            require_finite(self.compiled, aligned, dict(zip(self.compiled.training.weights, weights, strict=True)))
+            require_finite(
+                self.compiled, aligned, dict(zip(self.compiled.training.weights, weights, strict=True))
+            )
         return [*weights, *feedback, *(inputs[i] for i in self.inputs)]
 
 
@@ -240,7 +246,9 @@ def _refuse_lost_input_gradients(compiled: Compiled, leaves: list[Any]) -> None:
                     )
 
 
-def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], gradients: dict[str, Tensor | None]) -> None:
+def require_finite(
+    compiled: Compiled, errors: Sequence[Tensor | None], gradients: dict[str, Tensor | None]
+) -> None:
     """Raise LocalTrainingError, naming the subgraph, if an update is not a number.
 
     An infinite output error is let pass: a loss scaler makes it, looks for it, and skips the step.

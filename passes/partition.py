@@ -10,7 +10,6 @@ The pass, step by step:
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,16 @@ import networkx as nx
 
 from graphlocal.errors import PartitionError
 from graphlocal.ir import LocalGraph, Operation, Representation, Subgraph
-from graphlocal.passes.policies import PRELUDE, TAIL, Labels, Policy, complete, is_parametric, labels, module_boxes
+from graphlocal.passes.policies import (
+    PRELUDE,
+    TAIL,
+    Labels,
+    Policy,
+    complete,
+    is_parametric,
+    labels,
+    module_boxes,
+)
 
 FULL = 64
 """A recursion depth that no model exceeds."""
@@ -71,7 +79,10 @@ def _parts(graph: LocalGraph, box: str, inside: list[Operation]) -> Labels:
         parts = complete(graph, inside, given)
         first = next(parts[op.name] for op in inside if is_parametric(graph, op))
         # inside a box there is no prelude and no tail: what serves all its parts goes with the first
-        names = {PRELUDE: first, TAIL: next(parts[op.name] for op in reversed(inside) if is_parametric(graph, op))}
+        names = {
+            PRELUDE: first,
+            TAIL: next(parts[op.name] for op in reversed(inside) if is_parametric(graph, op)),
+        }
         parts = {name: names.get(part, part) for name, part in parts.items()}
         parts = _without_cycles(graph, inside, parts, strict=False)
         if len(set(parts.values())) > 1:
@@ -79,7 +90,9 @@ def _parts(graph: LocalGraph, box: str, inside: list[Operation]) -> Labels:
     return {}
 
 
-def _without_cycles(graph: LocalGraph, operations: Sequence[Operation], boxes: Labels, strict: bool) -> Labels:
+def _without_cycles(
+    graph: LocalGraph, operations: Sequence[Operation], boxes: Labels, strict: bool
+) -> Labels:
     """Merge the boxes of every cycle, or refuse the cycle if the user drew the boxes."""
     dag = nx.DiGraph()
     dag.add_nodes_from(dict.fromkeys(boxes[op.name] for op in operations))
@@ -123,7 +136,7 @@ def _subgraphs(graph: LocalGraph, paths: dict[str, tuple[str, ...]]) -> tuple[Su
     members: dict[tuple[str, ...], list[Operation]] = {}
     for op in graph.operations:
         members.setdefault(paths[op.name], []).append(op)
-    names = _unique_names(list(members))
+    names = _unique_names(graph, members)
     owner = {op.name: path for path, inside in members.items() for op in inside}
     dag = nx.DiGraph()
     dag.add_nodes_from(members)
@@ -137,11 +150,19 @@ def _subgraphs(graph: LocalGraph, paths: dict[str, tuple[str, ...]]) -> tuple[Su
     return tuple(_subgraph(graph, names[path], path, members[path], readers) for path in order)
 
 
-def _unique_names(paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+def _unique_names(
+    graph: LocalGraph, members: dict[tuple[str, ...], list[Operation]]
+) -> dict[tuple[str, ...], str]:
+    """The box's own name; `box:operation` where a region has that name already."""
     names: dict[tuple[str, ...], str] = {}
-    taken: set[str] = {box for path in paths for box in path[:-1]}
-    for path in paths:
-        candidates = itertools.chain([path[-1]], (f"{path[-1]}#{i}" for i in itertools.count(2)))
+    taken: set[str] = {box for path in members for box in path[:-1]}
+    for path, inside in members.items():
+        main = next((op for op in inside if is_parametric(graph, op)), inside[0])
+        candidates = (
+            path[-1],
+            f"{path[-1]}:{main.name}",
+            *(f"{path[-1]}#{i}" for i in range(2, len(members) + 2)),
+        )
         names[path] = next(name for name in candidates if name not in taken)
         taken.add(names[path])
     return names
@@ -152,14 +173,19 @@ def _subgraph(graph: LocalGraph, name: str, path: tuple[str, ...], inside: list[
     own = {op.name for op in inside}
     sizes = {op.name for op in graph.sizes}
     outputs = [
-        op for op in inside if op.name in graph.outputs or any(reader != path for reader in readers.get(op.name, ()))
+        op
+        for op in inside
+        if op.name in graph.outputs or any(reader != path for reader in readers.get(op.name, ()))
     ]
     return Subgraph(
         name=name,
         operations=tuple(op.name for op in inside),
         inputs=tuple(dict.fromkeys(s for op in inside for s in op.inputs if s not in own and s not in sizes)),
         states=tuple(dict.fromkeys(s for op in inside for s in op.states)),
-        outputs=tuple(Representation(op.name, _preactivation(graph, op, own), _feature_axis(graph, op)) for op in outputs),
+        outputs=tuple(
+            Representation(op.name, _preactivation(graph, op, own), _feature_axis(graph, op))
+            for op in outputs
+        ),
         regions=path[:-1],
     )
 

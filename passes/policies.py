@@ -219,7 +219,9 @@ def _split(module: _Module, total: int, in_stack: bool, graph: LocalGraph,
 
 def _holds_stack(module: _Module, graph: LocalGraph) -> bool:
     assert module.children is not None
-    return bool(_stack(module, graph)) or any(_holds_stack(child, graph) for child in module.children.values())
+    return bool(_stack(module, graph)) or any(
+        _holds_stack(child, graph) for child in module.children.values()
+    )
 
 
 def _stack(module: _Module, graph: LocalGraph) -> list[_Module]:
@@ -240,7 +242,9 @@ def _stack(module: _Module, graph: LocalGraph) -> list[_Module]:
 
 def _runs_before(first: _Module, second: _Module, graph: LocalGraph) -> bool:
     """True if the second module depends on the first: they are in sequence, not side by side."""
-    after = nx.descendants(graph.operation_dag, next(op.name for op in first.operations if has_weights(graph, op)))
+    after = nx.descendants(
+        graph.operation_dag, next(op.name for op in first.operations if has_weights(graph, op))
+    )
     return any(op.name in after for op in second.operations)
 
 
@@ -334,7 +338,9 @@ def _topological(graph: LocalGraph, leaves: Labels, order: dict[str, list[Operat
     """Boxes in topological order, those of one cycle side by side."""
     dag = nx.DiGraph()
     dag.add_nodes_from(order)
-    dag.add_edges_from({(leaves[a], leaves[b]) for a, b in graph.operation_dag.edges if leaves[a] != leaves[b]})
+    dag.add_edges_from(
+        {(leaves[a], leaves[b]) for a, b in graph.operation_dag.edges if leaves[a] != leaves[b]}
+    )
     rank = {box: i for i, box in enumerate(order)}
     condensed = nx.condensation(dag)
     first = {c: min(rank[box] for box in data["members"]) for c, data in condensed.nodes(data=True)}

@@ -69,7 +69,12 @@ class TrainingGraph:
 
 
 def emit(
-    graph: LocalGraph, traced: TracedModel, model: nn.Module, rule: Rule, error_weights: nn.Module, fused: bool = False
+    graph: LocalGraph,
+    traced: TracedModel,
+    model: nn.Module,
+    rule: Rule,
+    error_weights: nn.Module,
+    fused: bool = False,
 ) -> TrainingGraph:
     """The training graph of a scheduled graph.
 
@@ -105,7 +110,9 @@ class _Emitter:
         self.input_gradients: dict[str, list[fx.Node]] = {}
         self.weight_names = weight_names(graph)
         self.output_error: fx.Node | None = None
-        self.last_user = {name: subgraph.name for subgraph in self._update_order() for name in graph.trainable(subgraph)}
+        self.last_user = {
+            name: subgraph.name for subgraph in self._update_order() for name in graph.trainable(subgraph)
+        }
 
     def _update_order(self) -> list[Subgraph]:
         return [self.graph.subgraphs[a.subgraph - 1] for a in self.graph.schedule if a.kind == "U"]
@@ -165,7 +172,9 @@ class _Emitter:
             self.attached[name] = self.call(operator.getitem, result, i, name=f"{name}_in_F{number}")
         sent_back = {c.value for c in self.graph.incoming(subgraph.name) if c.kind == "vjp"}
         for output in subgraph.outputs:
-            cut = self.call(boundary, self.attached[output.value], output.value in sent_back, name=output.value)
+            cut = self.call(
+                boundary, self.attached[output.value], output.value in sent_back, name=output.value
+            )
             self.seen[output.value] = cut
 
     def _loss(self) -> None:
@@ -287,7 +296,9 @@ class _Emitter:
         return TrainingGraph(module, weights, feedback, self.output_error.name)
 
 
-def assemble(graph: fx.Graph, modules: dict[str, nn.Module], roots: dict[str, nn.Module], name: str) -> fx.GraphModule:
+def assemble(
+    graph: fx.Graph, modules: dict[str, nn.Module], roots: dict[str, nn.Module], name: str
+) -> fx.GraphModule:
     """A GraphModule whose attributes below `roots` are looked up when it runs, not copied."""
     holder = nn.Module()
     for key, module in (*modules.items(), *roots.items()):
@@ -352,5 +363,9 @@ def take(saved: list[Any], index: int, retain: bool) -> Any:
 
 def _like(module: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
     used = {str(n.target) for n in graph.find_nodes(op="call_module")}
-    roots = {key: child for key, child in module.named_children() if key in ("original", "error_weights", "constants")}
+    roots = {
+        key: child
+        for key, child in module.named_children()
+        if key in ("original", "error_weights", "constants")
+    }
     return assemble(graph, {key: module.get_submodule(key) for key in used}, roots, name)

@@ -212,6 +212,7 @@ BROKEN: dict[str, list[tuple[str, LocalGraph]]] = {
         ("needs an E of 8x2, the features of 'tanh_1', f32[B,8] and 'linear_2'", link(1, weight=(2, 8))),
         ("needs an E of Bx2", subgraph(0, **gives("tanh", "linear", 0))),
         ("needs an E of (no axis 2)x2", subgraph(0, **gives("tanh", "linear", 2))),
+        ("needs an E of 1x2", operation(1, type=f32("B"))),
     ],
     "schedule-legal": [
         ("the schedule has no U1 (subgraph '0')", replace(mlp(), schedule=ACTIONS[:-1])),

@@ -118,7 +118,9 @@ def _skip_errors(
         exits = _exits(graph, members)
         for name, values in exits.items():
             if name not in sources:
-                connections += _feedback(graph, [s for s in sources if name in above[s]], name, values, level + 1)
+                connections += _feedback(
+                    graph, [s for s in sources if name in above[s]], name, values, level + 1
+                )
         if len(members) > 1:
             own_sources = list(exits)
             connections += _skip_errors(graph, own_sources, tuple(members), level + 1)

@@ -1,0 +1,81 @@
+"""The alignment report: the angle between each local update and autograd's gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphlocal.preserve import preserved, training_mode
+from graphlocal.runtime import LocalModule
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Angles in degrees between local updates and true gradients; below 90 an update descends.
+
+    by_parameter, by_subgraph: NaN where either is zero. overall: of all parameters as one vector.
+    """
+
+    by_parameter: dict[str, float]
+    by_subgraph: dict[str, float]
+    overall: float
+
+    def __str__(self) -> str:
+        width = max(map(len, self.by_subgraph), default=0)
+        rows = [f"  {name:<{width}}  {angle:6.1f}°" for name, angle in self.by_subgraph.items()]
+        return "\n".join([f"alignment with the true gradient: {self.overall:.1f}° overall", *rows])
+
+
+def alignment(local: LocalModule, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> Alignment:
+    """Compare local updates with autograd's gradients on one batch, in training mode.
+
+    inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. loss_fn: from the model's
+    output to a scalar. Both passes see the same random numbers and buffers; nothing is left changed.
+    """
+    args, kwargs = (
+        ((), inputs)
+        if isinstance(inputs, Mapping)
+        else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    )
+    parameters = {n: p for n, p in local.original.named_parameters() if p.requires_grad}
+
+    def gradients(model: Any) -> dict[str, Tensor]:
+        with preserved(local), torch.enable_grad():
+            loss = loss_fn(model(*args, **kwargs))
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        pairs = zip(parameters, found, strict=True)
+        return {
+            name: (g.to_dense() if g.is_sparse else g).double().flatten()
+            for name, g in pairs
+            if g is not None
+        }
+
+    mode = local.training
+    with training_mode(local.original):
+        local.training = True
+        try:
+            learned, true = gradients(local), gradients(local.original)
+        finally:
+            local.training = mode
+    graph = local.graph
+    subgraphs = {
+        s.name: [n for n in graph.trainable(s) if n in learned and n in true] for s in graph.subgraphs
+    }
+    both = [name for name in learned if name in true]
+    return Alignment(
+        {name: _angle(learned, true, [name]) for name in both},
+        {name: _angle(learned, true, names) for name, names in subgraphs.items() if names},
+        _angle(learned, true, both),
+    )
+
+
+def _angle(first: dict[str, Tensor], second: dict[str, Tensor], names: list[str]) -> float:
+    """The angle between two vectors given in pieces, in degrees."""
+    a, b = torch.cat([first[n] for n in names]), torch.cat([second[n] for n in names])
+    norms = float(a.norm() * b.norm())
+    return math.degrees(math.acos(max(-1.0, min(1.0, float(a @ b) / norms)))) if norms > 0 else math.nan

@@ -1,0 +1,136 @@
+"""`train_step`: the fused form of a training step, in which each subgraph is updated as soon as its error is known."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphlocal.compiler import Compiled
+from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
+from graphlocal.runtime import LocalModule
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def train_step(local: LocalModule, loss_fn: LossFunction, optimizer: torch.optim.Optimizer) -> TrainStep:
+    """The fused form of a training step: `step(x, y) -> loss`.
+
+    loss_fn: `loss_fn(output, y)`, a scalar. optimizer: any of torch.optim's that can update some parameters
+    without the others. Every subgraph's parameters are updated, and its gradients and activations freed, as
+    soon as its error is known; `p.grad` is never set. Parameters that several subgraphs share are updated
+    after the last of them. Learning-rate schedulers and optimizer hooks work as ever; clipping the norm of
+    all gradients does not, since they never exist at one time.
+
+    Raises InputError for an optimizer that needs a closure (LBFGS), or one without the model's parameters.
+    """
+    return TrainStep(local, loss_fn, optimizer)
+
+
+class TrainStep:
+    """Made by `train_step`; call it once a batch."""
+
+    def __init__(self, local: LocalModule, loss_fn: LossFunction, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(local, LocalModule):
+            raise InputError(
+                "train_step needs a compiled model", remedy="pass graphlocal.compile(model, ...)"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise InputError("LBFGS evaluates the loss several times a step, which a fused step can't")
+        self.local, self.loss_fn, self.optimizer = local, loss_fn, optimizer
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in owned for p in local.parameters()):
+            raise InputError(
+                "the optimizer holds none of the model's parameters",
+                remedy="make it from local.parameters() (or model.parameters())",
+            )
+        self._parts: dict[tuple[Compiled, tuple[str, ...]], _PartialOptimizer] = {}
+
+    def __call__(self, x: Any, y: Any) -> Tensor:
+        """Train on one batch; x: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+        Returns the loss (detached). Raises LocalTrainingError if an update is not a number.
+        """
+        if not self.local.training:
+            raise InputError("the model is in evaluation mode", remedy="call local.train() before training")
+        args, kwargs = ((), x) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
+        with torch.enable_grad():
+            leaves, compiled = self.local._prepare(args, dict(kwargs))
+            leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            forward, error_pass = compiled.fused_passes
+            try:
+                outputs, saved = forward(*leaves)
+            except GuardFailure:
+                compiled = self.local._recompile(leaves, compiled.traced.arguments.spec, set())
+                forward, error_pass = compiled.fused_passes
+                outputs, saved = forward(*leaves)
+            loss, errors = self._loss(compiled, outputs, y)
+        with torch.no_grad():
+            error_pass(saved, errors, lambda names, gradients: self._apply(compiled, names, gradients), False)
+        return loss
+
+    def _loss(self, compiled: Compiled, outputs: Any, y: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        flat = [
+            x.detach().requires_grad_() if taken else x
+            for x, taken in zip(outputs, compiled.differentiable, strict=True)
+        ]
+        loss = self.loss_fn(self.local._unflatten(compiled, flat), y)
+        if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
+            raise InputError(
+                "loss_fn must return a scalar tensor that depends on the model's output",
+                why=f"it returned {type(loss).__name__}"
+                + (f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""),
+            )
+        if self.local.check_finite and bool(loss.isnan()):
+            raise LocalTrainingError(
+                "the loss is not a number", remedy="lower the learning rate, or check the inputs"
+            )
+        wanted = [x for x, taken in zip(flat, compiled.differentiable, strict=True) if taken]
+        found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+        return loss.detach(), tuple(next(found) if taken else None for taken in compiled.differentiable)
+
+    def _apply(
+        self, compiled: Compiled, names: tuple[str, ...], gradients: tuple[Tensor | None, ...]
+    ) -> None:
+        key = (compiled, names)
+        if key not in self._parts:
+            parameters = [self._parameter(name) for name in names]
+            self._parts[key] = _PartialOptimizer(self.optimizer, parameters)
+        self._parts[key].step(gradients)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        if name.startswith("error_weights."):
+            return self.local.get_parameter(name)
+        return self.local.original.get_parameter(name)
+
+
+class _PartialOptimizer:
+    """A view of an optimizer on some of its parameters: the same state, settings and hooks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        self.parameters, self.whole = parameters, optimizer
+        wanted = {id(p) for p in parameters}
+        self.view = object.__new__(type(optimizer))
+        self.view.__dict__.update(optimizer.__dict__)
+        self.groups = [
+            (group, mine)
+            for group in optimizer.param_groups
+            if (mine := [p for p in group["params"] if id(p) in wanted])
+        ]
+        self.view.state = optimizer.state if isinstance(optimizer.state, defaultdict) else self.view.state
+
+    def step(self, gradients: tuple[Tensor | None, ...]) -> None:
+        self.view.state = self.whole.state  # load_state_dict replaces it
+        self.view.param_groups = [{**group, "params": mine} for group, mine in self.groups]
+        before = [p.grad for p in self.parameters]
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        try:
+            self.view.step()
+            self.whole._opt_called = True  # type: ignore[attr-defined]  # lr_scheduler looks for it
+        finally:
+            for parameter, gradient in zip(self.parameters, before, strict=True):
+                parameter.grad = gradient
