@@ -85,12 +85,14 @@ class Binder:
 
         Raises InputError for inputs that do not fit the model's signature or hold no tensor.
         """
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
         if isinstance(example_inputs, torch.Tensor):
-            args, kwargs = (example_inputs,), {}
+            args = (example_inputs,)
         elif isinstance(example_inputs, Mapping):
-            args, kwargs = (), dict(example_inputs)
+            kwargs = dict(example_inputs)
         elif isinstance(example_inputs, (tuple, list)):
-            args, kwargs = tuple(example_inputs), {}
+            args = tuple(example_inputs)
         else:
             raise InputError(
                 f"example_inputs is a {type(example_inputs).__name__}",

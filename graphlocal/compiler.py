@@ -22,7 +22,8 @@ from graphlocal.passes.schedule import Schedule
 from graphlocal.passes.skip_errors import InsertSkipErrors
 from graphlocal.pipeline import PassRecord, run
 from graphlocal.rules import Rule
-from graphlocal.targets.eager import TrainingGraph, emit, split, weight_names
+from graphlocal.targets.eager import emit, weight_names
+from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
 
 

@@ -12,6 +12,7 @@ The cases, in the order in which an in-place operation m on a tensor t is looked
 from __future__ import annotations
 
 import operator
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -68,7 +69,7 @@ def written_states(node: fx.Node) -> list[fx.Node]:
     return _norm_buffers(node)
 
 
-def _body_nodes(node: fx.Node) -> list[fx.Node]:
+def _body_nodes(node: Any) -> list[fx.Node]:
     """The nodes of the graphs that a higher-order operator calls."""
     owner = node.graph.owning_module
     bodies = [owner.get_submodule(a.target) for a in node.all_input_nodes
@@ -123,11 +124,11 @@ _MAY_VIEW = {
 }
 
 
-def _root(node: fx.Node) -> fx.Node:
+def _root(node: Any) -> fx.Node:
     """The node whose memory this one shares."""
     while (_is_view(node) or _writes(node)) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    return node
+    return cast(fx.Node, node)
 
 
 def _aliases(root: fx.Node, write: fx.Node) -> list[fx.Node]:

@@ -68,7 +68,6 @@ class OpaqueLeaf(nn.Module):
         return pytree.tree_unflatten(flat, self.out_spec)
 
 
-@torch.library.register_fake("graphlocal::opaque", lib=_library)
 def _fake(inputs: list[torch.Tensor], key: int) -> list[torch.Tensor]:
     """Outputs with the sizes of the real call; a size that an input had follows that input's symbol."""
     leaf = _calls[key]
@@ -82,6 +81,9 @@ def _fake(inputs: list[torch.Tensor], key: int) -> list[torch.Tensor]:
         for x in leaf.outputs
         if isinstance(x, torch.Tensor)
     ]
+
+
+torch.library.register_fake("graphlocal::opaque", _fake, lib=_library)
 
 
 @contextmanager
@@ -140,19 +142,19 @@ def _stubbed(module: nn.Module, calls: list[OpaqueLeaf]) -> Iterator[None]:
         return leaf.tensors_to_result(torch.ops.graphlocal.opaque(tensors, key))
 
     before = module.__dict__.get("forward")
-    module.forward = stub  # type: ignore[method-assign]
+    module.forward = stub
     try:
         yield
     finally:
         if before is None:
             del module.__dict__["forward"]
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 def insert_leaves(module: fx.GraphModule) -> tuple[str, ...]:
     """Turn every `graphlocal::opaque` node into a call of its `OpaqueLeaf`; return the leaves' paths."""
-    paths = []
+    paths: list[str] = []
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.graphlocal.opaque.default):
         inputs, key = node.args
         leaf = _calls.pop(key)

@@ -143,7 +143,7 @@ class LocalModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LocalModule:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._cache.clear()  # devices and dtypes are written into the graph
         return self
 
@@ -152,7 +152,7 @@ class LocalModule(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._reset(Binder(self.original))
 
     def extra_repr(self) -> str:
@@ -182,7 +182,7 @@ class LocalStep:
             *(leaves[i] for i in self.inputs),
         ]
         self.outputs = outputs
-        attached = iter(_LocalUpdates.apply(self, *targets))
+        attached = iter(_LocalUpdates.apply(self, *targets))  # type: ignore[no-untyped-call]
         return [
             next(attached) if taken else value
             for value, taken in zip(outputs, compiled.differentiable, strict=True)

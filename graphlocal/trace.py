@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import Arguments
@@ -131,8 +132,9 @@ def _finish(
 ) -> TracedModel:
     """Flatten the calling convention, name the states as the model does, normalize."""
     out_spec = exported._out_spec
+    assert out_spec is not None
     graph = exported.graph
-    graph.set_codegen(fx.CodeGen())
+    graph.set_codegen(CodeGen())
     (output,) = graph.find_nodes(op="output")
     output.args = (tuple(output.args[0]),)
     opaque = insert_leaves(exported)

@@ -67,7 +67,7 @@ def tail_function(source: fx.GraphModule, tail: Sequence[str], start: str) -> Ca
     for name in tail:
         copied[nodes[name]] = graph.node_copy(nodes[name], copied.__getitem__)
     graph.output(copied[nodes[tail[-1]]])
-    return fx.GraphModule({}, graph, class_name="Tail").forward  # type: ignore[no-any-return]
+    return fx.GraphModule({}, graph, class_name="Tail").forward
 
 
 def _identity(h: Tensor) -> Tensor:
@@ -98,10 +98,10 @@ def model_input(value: Any) -> Any:
 
 def add_messages(*messages: Tensor | None) -> Tensor | None:
     """The sum of the messages that arrived, or None."""
-    arrived = [message for message in messages if message is not None]
-    total = arrived[0] if arrived else None
-    for message in arrived[1:]:
-        total = total + message
+    total: Tensor | None = None
+    for message in messages:
+        if message is not None:
+            total = message if total is None else total + message
     return total
 
 

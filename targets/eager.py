@@ -2,15 +2,14 @@
 
 Called as `training_graph(*inputs, loss)`, it runs the schedule's actions in order and returns
 `(outputs, parameter gradients, feedback gradients, input gradients)`. `loss` maps the tuple of outputs to the
-tuple of their errors dloss/doutput. `split` cuts the graph at that point, for training loops in which the loss
-is the user's own code.
+tuple of their errors dloss/doutput. `graphlocal.targets.training_graph.split` cuts the graph at that point, for
+training loops in which the loss is the user's own code.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from graphlocal.targets.bodies import (
     subgraph_body,
     tail_function,
 )
+from graphlocal.targets.training_graph import TrainingGraph, assemble
 from graphlocal.trace import TracedModel
 
 LossErrors = Callable[[tuple[Any, ...]], Sequence[Tensor | None]]
@@ -52,20 +52,6 @@ def batch_size(*candidates: Any) -> int:
 def apply_updates(apply: Apply, names: tuple[str, ...], *gradients: Tensor | None) -> None:
     """Hand finished gradients to the optimizer; nothing else holds them afterwards."""
     apply(names, gradients)
-
-
-@dataclass(frozen=True)
-class TrainingGraph:
-    """What the eager target emits.
-
-    module: the whole step. weights: names of the trainable parameters whose gradients it returns, in order;
-    feedback: names of the learned feedback maps, likewise. loss: the node at which the loss is taken.
-    """
-
-    module: fx.GraphModule
-    weights: tuple[str, ...]
-    feedback: tuple[str, ...]
-    loss: str
 
 
 def emit(
@@ -294,78 +280,3 @@ class _Emitter:
         assert self.output_error is not None
         module = assemble(self.fx, self.modules, self.roots, f"{self.graph.name}Training")
         return TrainingGraph(module, weights, feedback, self.output_error.name)
-
-
-def assemble(
-    graph: fx.Graph, modules: dict[str, nn.Module], roots: dict[str, nn.Module], name: str
-) -> fx.GraphModule:
-    """A GraphModule whose attributes below `roots` are looked up when it runs, not copied."""
-    holder = nn.Module()
-    for key, module in (*modules.items(), *roots.items()):
-        holder.add_module(key, module)
-    result = fx.GraphModule(holder, graph, class_name=name)
-    for key, module in roots.items():
-        result._modules[key] = module
-    return result
-
-
-def split(training: TrainingGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The training graph cut at the loss, as (forward pass, error pass).
-
-    forward_pass(*inputs) -> (outputs, saved list); error_pass(saved, errors, [apply,] retain) -> what follows
-    the outputs in the training graph's result. The error pass empties `saved` as it goes, unless it retains.
-    """
-    module = training.module
-    nodes = list(module.graph.nodes)
-    at = next(i for i, node in enumerate(nodes) if node.name == training.loss)
-    after = {node for node in nodes[at:] if node.op != "get_attr"}
-    late = {"loss", "apply", "retain"}
-    early = [n for n in nodes[:at] if n.name not in late]
-    attributes = [n for n in nodes if n.op == "get_attr"]
-    saved = [n for n in early if n.op != "get_attr" and any(user in after for user in n.users)]
-    outputs = nodes[at].args[1]
-
-    forward, copied = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in early:
-        copied[node] = forward.node_copy(node, copied.__getitem__)
-    forward.output((fx.map_arg(outputs, copied.__getitem__), [copied[n] for n in saved]))
-
-    backward, back = fx.Graph(), dict[fx.Node, fx.Node]()
-    store, errors = backward.placeholder("saved"), backward.placeholder("errors")
-    placeholders = {n.name: n for n in nodes if n.op == "placeholder" and n.name in late}
-    for name in ("apply", "retain"):
-        if name in placeholders:
-            back[placeholders[name]] = backward.node_copy(placeholders[name])
-    retain = back[placeholders["retain"]]
-    position = {n: i for i, n in enumerate(saved)}
-    back[nodes[at]] = errors
-    for node in nodes[at + 1 :]:
-        for source in node.all_input_nodes:
-            if source not in back and source in position and node.op != "output":
-                back[source] = backward.call_function(take, (store, position[source], retain))
-            elif source not in back and source in attributes:
-                back[source] = backward.node_copy(source)
-        if node.op == "output":
-            rest = node.args[0][1:] if len(late & set(placeholders)) == 2 else ()
-            backward.output(fx.map_arg(rest, back.__getitem__))
-        elif node.op != "get_attr":
-            back[node] = backward.node_copy(node, back.__getitem__)
-    return _like(module, forward, "ForwardPass"), _like(module, backward, "ErrorPass")
-
-
-def take(saved: list[Any], index: int, retain: bool) -> Any:
-    """A saved value, which the list lets go of unless it is retained for another error pass."""
-    value = saved[index]
-    if not retain:
-        saved[index] = None
-    return value
-
-
-def _like(module: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
-    used = {str(n.target) for n in graph.find_nodes(op="call_module")}
-    roots = {
-        key: child
-        for key, child in module.named_children()
-        if key in ("original", "error_weights", "constants")
-    }
-    return assemble(graph, {key: module.get_submodule(key) for key in used}, roots, name)

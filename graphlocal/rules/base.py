@@ -67,7 +67,7 @@ class Rule(ABC):
     def initial_feedback(self, connection: Connection, generator: torch.Generator) -> Tensor:
         """E (target features x source features), float32 on the CPU: Gaussian with variance 1 / source features."""
         rows, columns = connection.weight
-        return torch.randn(rows, columns, generator=generator) / max(columns, 1) ** 0.5
+        return torch.randn(rows, columns, generator=generator).div(max(columns, 1) ** 0.5)
 
     def feedback_cotangent(self, neuron: Neuron, displacement: Tensor) -> Tensor | None:
         """C such that E's update is mean(C eᵀ), with e the source's error; None keeps E fixed."""

@@ -100,7 +100,7 @@ class RecLRA(Rule):
     def project(self, update: Tensor) -> Tensor:
         if self.reprojection is None:
             return update
-        norm = torch.linalg.vector_norm(update)
+        norm: Tensor = torch.linalg.vector_norm(update)
         return update * (self.reprojection / norm.clamp_min(self.reprojection))
 
 
