@@ -38,9 +38,7 @@ def alignment(local: LocalModule, inputs: Any, loss_fn: Callable[[Any], Tensor])
     output to a scalar. Both passes see the same random numbers and buffers; nothing is left changed.
     """
     args, kwargs = (
-        ((), inputs)
-        if isinstance(inputs, Mapping)
-        else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+        ((), inputs) if isinstance(inputs, Mapping) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
     )
     parameters = {n: p for n, p in local.original.named_parameters() if p.requires_grad}
 
@@ -49,11 +47,7 @@ def alignment(local: LocalModule, inputs: Any, loss_fn: Callable[[Any], Tensor])
             loss = loss_fn(model(*args, **kwargs))
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         pairs = zip(parameters, found, strict=True)
-        return {
-            name: (g.to_dense() if g.is_sparse else g).double().flatten()
-            for name, g in pairs
-            if g is not None
-        }
+        return {name: (g.to_dense() if g.is_sparse else g).double().flatten() for name, g in pairs if g is not None}
 
     mode = local.training
     with training_mode(local.original):
@@ -63,9 +57,7 @@ def alignment(local: LocalModule, inputs: Any, loss_fn: Callable[[Any], Tensor])
         finally:
             local.training = mode
     graph = local.graph
-    subgraphs = {
-        s.name: [n for n in graph.trainable(s) if n in learned and n in true] for s in graph.subgraphs
-    }
+    subgraphs = {s.name: [n for n in graph.trainable(s) if n in learned and n in true] for s in graph.subgraphs}
     both = [name for name in learned if name in true]
     return Alignment(
         {name: _angle(learned, true, [name]) for name in both},

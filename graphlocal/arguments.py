@@ -63,9 +63,7 @@ class Binder:
         args, kwargs = self._canonical(args, kwargs)
         return pytree.tree_flatten((args, kwargs))
 
-    def _canonical(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _canonical(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:

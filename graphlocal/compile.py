@@ -41,8 +41,6 @@ def compile(
     if isinstance(model, LocalModule):
         raise InputError("the model is compiled already", remedy="pass local.original to compile it anew")
     if target not in TARGETS:
-        raise InputError(
-            f"unknown target {target!r}: {nearest(target, TARGETS)}", remedy=f"targets: {TARGETS}"
-        )
+        raise InputError(f"unknown target {target!r}: {nearest(target, TARGETS)}", remedy=f"targets: {TARGETS}")
     pairs = tuple((str(a), str(b)) for a, b in skip_errors)
     return LocalModule(model, example_inputs, Options(find(rule), partition, pairs))

@@ -96,9 +96,7 @@ class Compiled:
     def symbolic(self) -> frozenset[tuple[int, int]]:
         """The (leaf, axis) pairs whose size the graph leaves open."""
         types = [item.type for item in self.graph.inputs]
-        return frozenset(
-            (i, k) for i, t in enumerate(types) if t for k, n in enumerate(t.shape) if isinstance(n, str)
-        )
+        return frozenset((i, k) for i, t in enumerate(types) if t for k, n in enumerate(t.shape) if isinstance(n, str))
 
 
 COMPUTED = object()

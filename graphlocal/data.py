@@ -47,9 +47,7 @@ class _Source:
 
 _DIGITS = tuple("0123456789")
 _IDX = {
-    "mnist": _Source(
-        "MNIST/raw", _DIGITS, "torchvision.datasets.MNIST(data_dir, download=True) lays them out"
-    ),
+    "mnist": _Source("MNIST/raw", _DIGITS, "torchvision.datasets.MNIST(data_dir, download=True) lays them out"),
     "fashion-mnist": _Source(
         "FashionMNIST/raw",
         (
@@ -154,9 +152,7 @@ def _from_idx(name: str, source: _Source, folder: Path) -> Dataset:
         x, y = loaded[f"{part}_x"], loaded[f"{part}_y"]
         where = str(paths[f"{part}_y"])
         if len(x) != len(y):
-            raise InputError(
-                f"{len(x)} images but {len(y)} labels", where=where, remedy="fetch both files again"
-            )
+            raise InputError(f"{len(x)} images but {len(y)} labels", where=where, remedy="fetch both files again")
         if len(y) and int(y.max()) >= len(source.classes):
             raise InputError(
                 f"label {int(y.max())} of {len(source.classes)} classes", where=where, remedy="fetch it again"
@@ -171,9 +167,7 @@ def _read_idx(path: Path, dims: int) -> torch.Tensor:
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(
-            "not a whole gzip file", where=str(path), why=str(error), remedy="fetch it again"
-        ) from None
+        raise InputError("not a whole gzip file", where=str(path), why=str(error), remedy="fetch it again") from None
     start = 4 + 4 * dims
     if content[:4] != bytes([0, 0, _UNSIGNED_BYTE, dims]):
         raise InputError(

@@ -57,7 +57,8 @@ def _without(axis: int, removed: int) -> int:
 def layout(graph: LocalGraph, connection: Connection) -> Layout:
     """The layout of a feedback connection: positions are matched in order by their size or symbol."""
     source, target = graph.type(connection.source_value), graph.type(connection.value)
-    assert source is not None and target is not None
+    assert source is not None
+    assert target is not None
     source_axis = graph.representation[connection.source_value].axis
     target_axis = graph.representation[connection.value].axis
     shared = _match(source.shape, source_axis, target.shape, target_axis)
@@ -81,7 +82,7 @@ def _match(
 
 
 def cotangent_update(map_: Layout, weight: Tensor, error: Tensor, cotangent: Tensor) -> Tensor:
-    """sum over batch and positions of C eᵀ: the gradient of <C, E e> with respect to E."""
+    """Sum over batch and positions of C eᵀ: the gradient of <C, E e> with respect to E."""
     with torch.enable_grad():
         leaf = weight.detach().requires_grad_()
         message = map_.apply(leaf, error, cotangent)

@@ -75,9 +75,7 @@ class _Lifter:
             target = f"opaque({leaf.path})"
         else:
             attributes = [n for n in node.all_input_nodes if n.op == "get_attr"]
-            states = dict.fromkeys(
-                str(n.target) for n in attributes if self.tensor(str(n.target)) is not None
-            )
+            states = dict.fromkeys(str(n.target) for n in attributes if self.tensor(str(n.target)) is not None)
             writes = [str(n.target) for n in written_states(node)]
             target = _target_name(node.target)
         effects = [
@@ -107,19 +105,13 @@ class _Lifter:
 
     def states(self, operations: list[Operation]) -> tuple[State, ...]:
         read = dict.fromkeys(name for op in operations for name in op.states)
-        tensors = {name: t for name, t in (*self.model.named_parameters(), *self.model.named_buffers())}
+        tensors = dict((*self.model.named_parameters(), *self.model.named_buffers()))
         ordered = [*(n for n in tensors if n in read), *(n for n in read if n not in tensors)]
         return tuple(self.state(name, tensors.get(name, self.traced.constants.get(name))) for name in ordered)
 
     def state(self, name: str, tensor: torch.Tensor | None) -> State:
         assert tensor is not None
-        kind = (
-            "parameter"
-            if name in self.parameters
-            else "constant"
-            if name in self.traced.constants
-            else "buffer"
-        )
+        kind = "parameter" if name in self.parameters else "constant" if name in self.traced.constants else "buffer"
         described = TensorType(_dtype(tensor), tuple(tensor.shape))
         return State(name, kind, described, kind == "parameter" and tensor.requires_grad)  # type: ignore[arg-type]
 
@@ -163,13 +155,7 @@ def _target_name(target: Any) -> str:
 
 def _is_pointwise(node: fx.Node, target: str, states: Any, effects: list[str]) -> bool:
     """Elementwise in one tensor, with that tensor first and nothing else read; shape and float type kept."""
-    if (
-        states
-        or effects
-        or len(node.all_input_nodes) != 1
-        or not node.args
-        or not isinstance(node.args[0], fx.Node)
-    ):
+    if states or effects or len(node.all_input_nodes) != 1 or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     result, source = node.meta.get("val"), node.args[0].meta.get("val")
@@ -179,9 +165,7 @@ def _is_pointwise(node: fx.Node, target: str, states: Any, effects: list[str]) -
         or not isinstance(source, torch.Tensor)
     ):
         return False
-    return (
-        result.is_floating_point() and source.is_floating_point() and list(result.shape) == list(source.shape)
-    )
+    return result.is_floating_point() and source.is_floating_point() and list(result.shape) == list(source.shape)
 
 
 def _module_path(node: fx.Node) -> str:
@@ -215,9 +199,7 @@ def _source(node: fx.Node) -> str:
 
 def _short(file: str) -> str:
     """The path below the folder from which Python imports it."""
-    roots = [
-        entry.rstrip("/") + "/" for entry in sys.path if entry and file.startswith(entry.rstrip("/") + "/")
-    ]
+    roots = [entry.rstrip("/") + "/" for entry in sys.path if entry and file.startswith(entry.rstrip("/") + "/")]
     return file[len(max(roots, key=len)) :] if roots else Path(file).name
 
 
@@ -229,8 +211,7 @@ def _flops(node: fx.Node, target: str, tensor: Any) -> int:
     value = node.meta.get("val")
     elements = value.numel() if isinstance(value, torch.Tensor) else 0
     elementwise = int(
-        getattr(getattr(elements, "node", None), "hint", None)
-        or (elements if isinstance(elements, int) else 0)
+        getattr(getattr(elements, "node", None), "hint", None) or (elements if isinstance(elements, int) else 0)
     )
     if not isinstance(node.target, torch._ops.OpOverload) or _NO_ARITHMETIC.search(target):
         return 0

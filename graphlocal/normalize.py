@@ -27,10 +27,7 @@ def normalize(module: fx.GraphModule) -> None:
     """Normalize in place; outputs, gradients and buffers stay the same (trace checks it)."""
     graph = module.graph
     for node in list(graph.nodes):
-        if (
-            any(str(node.target).removeprefix("aten.").startswith(check) for check in _CHECKS)
-            and not node.users
-        ):
+        if any(str(node.target).removeprefix("aten.").startswith(check) for check in _CHECKS) and not node.users:
             graph.erase_node(node)
     _drop_dead(graph)
     for node in list(graph.nodes):
@@ -137,12 +134,7 @@ def _aliases(root: fx.Node, write: fx.Node) -> list[fx.Node]:
     pending = [root]
     while pending:
         for user in pending.pop().users:
-            if (
-                user not in found
-                and user is not write
-                and (_is_view(user) or _writes(user))
-                and user.args[0] in found
-            ):
+            if user not in found and user is not write and (_is_view(user) or _writes(user)) and user.args[0] in found:
                 found.add(user)
                 pending.append(user)
     return [node for node in root.graph.nodes if node in found]
@@ -193,9 +185,7 @@ def _functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:
     ):
         return None
     values = [a.meta.get("val") for a in node.all_input_nodes]
-    dtypes = {
-        v.dtype for v in values if isinstance(v, torch.Tensor) and v.dim() > 0 and v.dtype != torch.bool
-    }
+    dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.dim() > 0 and v.dtype != torch.bool}
     return twin if len(dtypes) <= 1 else None
 
 
@@ -209,8 +199,6 @@ def _group_tuples(graph: fx.Graph) -> None:
 def _drop_dead(graph: fx.Graph) -> None:
     """Erase what nobody reads, but for random draws (they move the generator) and writes."""
     for node in reversed(list(graph.nodes)):
-        kept = (
-            node.op in ("placeholder", "output") or _writes(node) or written_states(node) or is_random(node)
-        )
+        kept = node.op in ("placeholder", "output") or _writes(node) or written_states(node) or is_random(node)
         if not node.users and not kept:
             graph.erase_node(node)

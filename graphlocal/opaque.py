@@ -38,9 +38,7 @@ class OpaqueLeaf(nn.Module):
         self._is_tensor = [isinstance(x, torch.Tensor) for x in leaves]
         outputs, self.out_spec = pytree.tree_flatten(result)
         self.sizes_in = [tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor)]
-        self.outputs = [
-            torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x for x in outputs
-        ]
+        self.outputs = [torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x for x in outputs]
 
     @property
     def submodule(self) -> nn.Module:
@@ -117,9 +115,7 @@ def _record_calls(model: nn.Module, paths: tuple[str, ...], run: Any) -> dict[st
 
         return hook
 
-    handles = [
-        model.get_submodule(path).register_forward_hook(record(path), with_kwargs=True) for path in paths
-    ]
+    handles = [model.get_submodule(path).register_forward_hook(record(path), with_kwargs=True) for path in paths]
     try:
         run()
     finally:

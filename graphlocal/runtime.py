@@ -114,9 +114,7 @@ class LocalModule(nn.Module):
         copies = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in leaves)
         arguments = Arguments(args, kwargs, copies, names, spec).with_leaves(copies)
         axes = {(i, 0) for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() > 0}
-        compiled = build(
-            self.original, arguments, self._options, self.error_weights, frozenset(axes | dynamic)
-        )
+        compiled = build(self.original, arguments, self._options, self.error_weights, frozenset(axes | dynamic))
         self._recompilations += 1
         if self._recompilations == MANY_RECOMPILATIONS:
             warnings.warn(
@@ -184,8 +182,7 @@ class LocalStep:
         self.outputs = outputs
         attached = iter(_LocalUpdates.apply(self, *targets))  # type: ignore[no-untyped-call]
         return [
-            next(attached) if taken else value
-            for value, taken in zip(outputs, compiled.differentiable, strict=True)
+            next(attached) if taken else value for value, taken in zip(outputs, compiled.differentiable, strict=True)
         ]
 
     def _again(self, leaves: list[Any]) -> list[Any]:
@@ -207,9 +204,7 @@ class LocalStep:
         if not retain:
             self.saved = None
         if self.local.check_finite:
-            require_finite(
-                self.compiled, aligned, dict(zip(self.compiled.training.weights, weights, strict=True))
-            )
+            require_finite(self.compiled, aligned, dict(zip(self.compiled.training.weights, weights, strict=True)))
         return [*weights, *feedback, *(inputs[i] for i in self.inputs)]
 
 
@@ -246,9 +241,7 @@ def _refuse_lost_input_gradients(compiled: Compiled, leaves: list[Any]) -> None:
                     )
 
 
-def require_finite(
-    compiled: Compiled, errors: Sequence[Tensor | None], gradients: dict[str, Tensor | None]
-) -> None:
+def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], gradients: dict[str, Tensor | None]) -> None:
     """Raise LocalTrainingError, naming the subgraph, if an update is not a number.
 
     An infinite output error is let pass: a loss scaler makes it, looks for it, and skips the step.

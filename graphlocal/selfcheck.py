@@ -42,9 +42,7 @@ class _Run:
     gradients: dict[str, torch.Tensor | None]
 
 
-def self_check(
-    model: nn.Module, module: fx.GraphModule, arguments: Arguments, out_spec: pytree.TreeSpec
-) -> None:
+def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, out_spec: pytree.TreeSpec) -> None:
     """Compare graph and model on the example inputs: outputs and buffers bit-equal under three seeds.
 
     The gradients of a loss on all float outputs must agree as well (to 1e-4 of the largest entry), so that a

@@ -35,9 +35,7 @@ class TrainStep:
 
     def __init__(self, local: LocalModule, loss_fn: LossFunction, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(local, LocalModule):
-            raise InputError(
-                "train_step needs a compiled model", remedy="pass graphlocal.compile(model, ...)"
-            )
+            raise InputError("train_step needs a compiled model", remedy="pass graphlocal.compile(model, ...)")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise InputError("LBFGS evaluates the loss several times a step, which a fused step can't")
         self.local, self.loss_fn, self.optimizer = local, loss_fn, optimizer
@@ -85,16 +83,12 @@ class TrainStep:
                 + (f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""),
             )
         if self.local.check_finite and bool(loss.isnan()):
-            raise LocalTrainingError(
-                "the loss is not a number", remedy="lower the learning rate, or check the inputs"
-            )
+            raise LocalTrainingError("the loss is not a number", remedy="lower the learning rate, or check the inputs")
         wanted = [x for x, taken in zip(flat, compiled.differentiable, strict=True) if taken]
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
         return loss.detach(), tuple(next(found) if taken else None for taken in compiled.differentiable)
 
-    def _apply(
-        self, compiled: Compiled, names: tuple[str, ...], gradients: tuple[Tensor | None, ...]
-    ) -> None:
+    def _apply(self, compiled: Compiled, names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
         key = (compiled, names)
         if key not in self._parts:
             parameters = [self._parameter(name) for name in names]

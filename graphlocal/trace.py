@@ -101,9 +101,7 @@ class _RungError(Exception):
         self.failure = failure
 
 
-def _export_rung(
-    model: nn.Module, arguments: Arguments, dynamic: DynamicDims, opaque: tuple[str, ...]
-) -> TracedModel:
+def _export_rung(model: nn.Module, arguments: Arguments, dynamic: DynamicDims, opaque: tuple[str, ...]) -> TracedModel:
     rung = "export" if dynamic else "export with fixed sizes"
     stack: list[str] = []
     try:
@@ -146,9 +144,7 @@ def _finish(
     return TracedModel(module, arguments, out_spec, rung, opaque, dynamic, constants)
 
 
-def _name_states(
-    model: nn.Module, exported: fx.GraphModule
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _name_states(model: nn.Module, exported: fx.GraphModule) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Let every `get_attr` use the name that the model has first for a tensor.
 
     Returns all attributes by name, and those tensors among them that are not the model's own.

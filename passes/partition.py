@@ -90,9 +90,7 @@ def _parts(graph: LocalGraph, box: str, inside: list[Operation]) -> Labels:
     return {}
 
 
-def _without_cycles(
-    graph: LocalGraph, operations: Sequence[Operation], boxes: Labels, strict: bool
-) -> Labels:
+def _without_cycles(graph: LocalGraph, operations: Sequence[Operation], boxes: Labels, strict: bool) -> Labels:
     """Merge the boxes of every cycle, or refuse the cycle if the user drew the boxes."""
     dag = nx.DiGraph()
     dag.add_nodes_from(dict.fromkeys(boxes[op.name] for op in operations))
@@ -150,9 +148,7 @@ def _subgraphs(graph: LocalGraph, paths: dict[str, tuple[str, ...]]) -> tuple[Su
     return tuple(_subgraph(graph, names[path], path, members[path], readers) for path in order)
 
 
-def _unique_names(
-    graph: LocalGraph, members: dict[tuple[str, ...], list[Operation]]
-) -> dict[tuple[str, ...], str]:
+def _unique_names(graph: LocalGraph, members: dict[tuple[str, ...], list[Operation]]) -> dict[tuple[str, ...], str]:
     """The box's own name; `box:operation` where a region has that name already."""
     names: dict[tuple[str, ...], str] = {}
     taken: set[str] = {box for path in members for box in path[:-1]}
@@ -173,9 +169,7 @@ def _subgraph(graph: LocalGraph, name: str, path: tuple[str, ...], inside: list[
     own = {op.name for op in inside}
     sizes = {op.name for op in graph.sizes}
     outputs = [
-        op
-        for op in inside
-        if op.name in graph.outputs or any(reader != path for reader in readers.get(op.name, ()))
+        op for op in inside if op.name in graph.outputs or any(reader != path for reader in readers.get(op.name, ()))
     ]
     return Subgraph(
         name=name,
@@ -183,8 +177,7 @@ def _subgraph(graph: LocalGraph, name: str, path: tuple[str, ...], inside: list[
         inputs=tuple(dict.fromkeys(s for op in inside for s in op.inputs if s not in own and s not in sizes)),
         states=tuple(dict.fromkeys(s for op in inside for s in op.states)),
         outputs=tuple(
-            Representation(op.name, _preactivation(graph, op, own), _feature_axis(graph, op))
-            for op in outputs
+            Representation(op.name, _preactivation(graph, op, own), _feature_axis(graph, op)) for op in outputs
         ),
         regions=path[:-1],
     )

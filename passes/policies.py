@@ -219,9 +219,7 @@ def _split(module: _Module, total: int, in_stack: bool, graph: LocalGraph,
 
 def _holds_stack(module: _Module, graph: LocalGraph) -> bool:
     assert module.children is not None
-    return bool(_stack(module, graph)) or any(
-        _holds_stack(child, graph) for child in module.children.values()
-    )
+    return bool(_stack(module, graph)) or any(_holds_stack(child, graph) for child in module.children.values())
 
 
 def _stack(module: _Module, graph: LocalGraph) -> list[_Module]:
@@ -242,9 +240,7 @@ def _stack(module: _Module, graph: LocalGraph) -> list[_Module]:
 
 def _runs_before(first: _Module, second: _Module, graph: LocalGraph) -> bool:
     """True if the second module depends on the first: they are in sequence, not side by side."""
-    after = nx.descendants(
-        graph.operation_dag, next(op.name for op in first.operations if has_weights(graph, op))
-    )
+    after = nx.descendants(graph.operation_dag, next(op.name for op in first.operations if has_weights(graph, op)))
     return any(op.name in after for op in second.operations)
 
 
@@ -338,9 +334,7 @@ def _topological(graph: LocalGraph, leaves: Labels, order: dict[str, list[Operat
     """Boxes in topological order, those of one cycle side by side."""
     dag = nx.DiGraph()
     dag.add_nodes_from(order)
-    dag.add_edges_from(
-        {(leaves[a], leaves[b]) for a, b in graph.operation_dag.edges if leaves[a] != leaves[b]}
-    )
+    dag.add_edges_from({(leaves[a], leaves[b]) for a, b in graph.operation_dag.edges if leaves[a] != leaves[b]})
     rank = {box: i for i, box in enumerate(order)}
     condensed = nx.condensation(dag)
     first = {c: min(rank[box] for box in data["members"]) for c, data in condensed.nodes(data=True)}
@@ -372,8 +366,6 @@ def _balanced_cuts(graph: LocalGraph, chain: list[str], order: dict[str, list[Op
         left = left[: len(left) - (count - 1 - k)] or left
         goal = k * total / count
         window = total / count / 4
-        near = [i for i in left if abs(done[i] - goal) <= window] or [
-            min(left, key=lambda i: abs(done[i] - goal))
-        ]
+        near = [i for i in left if abs(done[i] - goal) <= window] or [min(left, key=lambda i: abs(done[i] - goal))]
         cuts.append(min(near, key=lambda i: (crossing[i], abs(done[i] - goal))))
     return set(cuts)

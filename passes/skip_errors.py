@@ -37,9 +37,7 @@ class InsertSkipErrors:
         )
         return replace(graph, rule=str(self.rule), error_neurons=neurons, connections=connections)
 
-    def _resolve(
-        self, graph: LocalGraph, drawn: Sequence[Connection], source: str, target: str
-    ) -> list[Connection]:
+    def _resolve(self, graph: LocalGraph, drawn: Sequence[Connection], source: str, target: str) -> list[Connection]:
         if not self.rule.feedback:
             raise InputError(
                 f"skip_errors are given, but the rule {self.rule.name!r} has exact messages only",

@@ -188,9 +188,7 @@ class Update(nn.Module):
         if not pairs or not asked:
             return tuple(result)
         outputs, errors = zip(*pairs, strict=True)
-        found = torch.autograd.grad(
-            outputs, [wanted[i] for i in asked], errors, allow_unused=True, retain_graph=retain
-        )
+        found = torch.autograd.grad(outputs, [wanted[i] for i in asked], errors, allow_unused=True, retain_graph=retain)
         for i, gradient in zip(asked, found, strict=True):
             project = self.projects and i < shape.parameters and gradient is not None
             result[i] = self.rule.project(gradient) if project else gradient

@@ -12,7 +12,6 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from graphlocal.feedback import layout
@@ -158,9 +157,7 @@ class _Emitter:
             self.attached[name] = self.call(operator.getitem, result, i, name=f"{name}_in_F{number}")
         sent_back = {c.value for c in self.graph.incoming(subgraph.name) if c.kind == "vjp"}
         for output in subgraph.outputs:
-            cut = self.call(
-                boundary, self.attached[output.value], output.value in sent_back, name=output.value
-            )
+            cut = self.call(boundary, self.attached[output.value], output.value in sent_back, name=output.value)
             self.seen[output.value] = cut
 
     def _loss(self) -> None:

@@ -193,9 +193,9 @@ class Drawing:
             same = self.aliases(number)
             made_by = [maker[alias] for alias in same]
             readers = [node for node in self.nodes if same & set(node.sources)]
-            return all(
-                index is not None and self.nodes[index].op in MAY_BE_CHANGED for index in made_by
-            ) and all(node.op in MAY_READ_BEFORE_A_CHANGE for node in readers)
+            return all(index is not None and self.nodes[index].op in MAY_BE_CHANGED for index in made_by) and all(
+                node.op in MAY_READ_BEFORE_A_CHANGE for node in readers
+            )
 
         return [number for number in range(len(maker)) if allowed(number)]
 

@@ -107,9 +107,7 @@ def test_a_data_set_is_frozen(folder: Path) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(
-        InputError, match=r"no data set 'fashion_mnist'\n  remedy: did you mean 'fashion-mnist'\?"
-    ):
+    with pytest.raises(InputError, match=r"no data set 'fashion_mnist'\n  remedy: did you mean 'fashion-mnist'\?"):
         load("fashion_mnist")
     with pytest.raises(InputError, match="known: digits, mnist, fashion-mnist"):
         load("xyz")

@@ -51,9 +51,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for package, folder in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            inside = [
-                part for part in path.relative_to(ROOT / folder).with_suffix("").parts if part != "__init__"
-            ]
+            inside = [part for part in path.relative_to(ROOT / folder).with_suffix("").parts if part != "__init__"]
             found[".".join([package, *inside])] = path
     return found
 
@@ -137,19 +135,13 @@ def test_order_has_no_needless_exception() -> None:
 
 
 def test_order_is_free_of_cycles() -> None:
-    graph = nx.DiGraph(
-        (name, target) for name, target, _, _ in IMPORTS if (name, entry(target)) not in CALLS_BACK
-    )
+    graph = nx.DiGraph((name, target) for name, target, _, _ in IMPORTS if (name, entry(target)) not in CALLS_BACK)
     cycles = [" -> ".join([*cycle, cycle[0]]) for cycle in nx.simple_cycles(graph)]
     assert not cycles
 
 
 def test_order_knows_the_folders_by_their_package_names_only() -> None:
-    bare = [
-        f"{where}: {target}"
-        for _, target, where, _ in IMPORTS
-        if target.split(".")[0] in ("passes", "targets")
-    ]
+    bare = [f"{where}: {target}" for _, target, where, _ in IMPORTS if target.split(".")[0] in ("passes", "targets")]
     assert not bare, "import graphlocal.passes and graphlocal.targets:\n" + "\n".join(bare)
 
 

@@ -139,9 +139,7 @@ def residual() -> LocalGraph:
                 (Representation("relu", "norm", 1),),
                 ("net", "net.early"),
             ),
-            Subgraph(
-                "b", ("b", "add"), ("relu",), ("b.weight",), (Representation("add", "add", 1),), ("net",)
-            ),
+            Subgraph("b", ("b", "add"), ("relu",), ("b.weight",), (Representation("add", "add", 1),), ("net",)),
             Subgraph(
                 "head",
                 ("view", "head"),
@@ -184,9 +182,7 @@ def tied() -> LocalGraph:
         states=(weight,),
         operations=(embed, head, best),
         subgraphs=(
-            Subgraph(
-                "embed", ("embed",), ("words",), ("embed.weight",), (Representation("embed", "embed", 2),)
-            ),
+            Subgraph("embed", ("embed",), ("words",), ("embed.weight",), (Representation("embed", "embed", 2),)),
             Subgraph("head", ("head",), ("embed",), ("embed.weight",), (Representation("head", "head", 2),)),
             Subgraph("best", ("best",), ("head",), (), (Representation("best", "best", 1),)),
         ),

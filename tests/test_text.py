@@ -133,12 +133,8 @@ def tuples(items: st.SearchStrategy[object], smallest: int = 0) -> st.SearchStra
 COUNTER = TensorType("int64", ())
 WORDS = st.one_of(
     st.text(min_size=1),
-    st.sampled_from(
-        ["layer1.0@1", "a b/c.py:3", "->", "|", ":", "=", "@", "pointwise", "random", "#", '"', "\\"]
-    ),
-    st.sampled_from(
-        ["[", "f32", "in", "from", "axis", "step", "-", "12", "\x85", "\u2028", "\ud800", "é", "a\tb"]
-    ),
+    st.sampled_from(["layer1.0@1", "a b/c.py:3", "->", "|", ":", "=", "@", "pointwise", "random", "#", '"', "\\"]),
+    st.sampled_from(["[", "f32", "in", "from", "axis", "step", "-", "12", "\x85", "\u2028", "\ud800", "é", "a\tb"]),
 )
 EFFECTS = st.one_of(st.just("random"), WORDS.map("writes {}".format), WORDS)
 DIMS = st.one_of(st.integers(), WORDS)
@@ -184,9 +180,7 @@ GRAPHS = st.builds(
     name=st.text(),
     inputs=tuples(st.builds(Input, WORDS, st.none() | TYPES)),
     outputs=tuples(WORDS),
-    states=tuples(
-        st.builds(State, WORDS, st.sampled_from(["parameter", "buffer", "constant"]), TYPES, st.booleans())
-    ),
+    states=tuples(st.builds(State, WORDS, st.sampled_from(["parameter", "buffer", "constant"]), TYPES, st.booleans())),
     operations=tuples(OPERATIONS),
     sizes=tuples(OPERATIONS),
     subgraphs=tuples(SUBGRAPHS),

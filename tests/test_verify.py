@@ -129,9 +129,7 @@ def unlearned_head() -> LocalGraph:
 
 
 ACTIONS = mlp().schedule
-EARLY = replace(
-    mlp(), schedule=(*ACTIONS[:4], replace(ACTIONS[4], step=3), replace(ACTIONS[5], step=3), *ACTIONS[6:])
-)
+EARLY = replace(mlp(), schedule=(*ACTIONS[:4], replace(ACTIONS[4], step=3), replace(ACTIONS[5], step=3), *ACTIONS[6:]))
 
 # fmt: off
 BROKEN: dict[str, list[tuple[str, LocalGraph]]] = {
@@ -233,9 +231,7 @@ def test_corrupted_graph_breaks_the_named_rule_alone(rule: str, message: str, gr
     found = violations(graph)
     assert {error.rule for error in found} == {rule}
     assert any(message in str(error) for error in found), found
-    assert all(
-        f"[{rule}]" in str(error) and "remedy" in str(error) and "why" in str(error) for error in found
-    )
+    assert all(f"[{rule}]" in str(error) and "remedy" in str(error) and "why" in str(error) for error in found)
     with pytest.raises(VerifyError) as caught:
         verify(graph)
     assert str(caught.value) == str(found[0])

@@ -156,9 +156,7 @@ def test_a_linear_net_with_transposed_weight_products_follows_autograd(rescale):
     assert_mlp_matches(gradients, module, x, labels)
 
 
-@pytest.mark.parametrize(
-    ("name", "activation"), [("tanh", nn.Tanh), ("sigmoid", nn.Sigmoid), ("relu", nn.ReLU)]
-)
+@pytest.mark.parametrize(("name", "activation"), [("tanh", nn.Tanh), ("sigmoid", nn.Sigmoid), ("relu", nn.ReLU)])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_one_hidden_layer_follows_autograd_as_beta_vanishes(name, activation, rescale):
     """e / beta goes to phi'(h) d, which for E = W^T and one hidden layer is backprop's delta."""
@@ -260,8 +258,7 @@ def test_recursion_changes_only_what_lies_inside_the_blocks():
     _, parameters, error_weights = residual_problem(blocks=2)
     settings = Settings(error_update="kp")
     one, two = (
-        reference.residual_rec_lra(parameters, error_weights, 2, x, labels, settings, depth=depth)
-        for depth in (1, 2)
+        reference.residual_rec_lra(parameters, error_weights, 2, x, labels, settings, depth=depth) for depth in (1, 2)
     )
     assert set(two) - set(one) == {"E.blocks.0.inner", "E.blocks.1.inner"}
     for name, gradient in one.items():

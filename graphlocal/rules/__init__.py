@@ -27,5 +27,15 @@ def find(rule: str | Rule) -> Rule:
     return RULES[rule]()
 
 
-__all__ = ["RULES", "Backprop", "Neuron", "RecLRA", "Rule", "feedback_connection", "features", "find",
-           "loss_connections", "vjp_connections"]  # fmt: skip
+__all__ = [
+    "RULES",
+    "Backprop",
+    "Neuron",
+    "RecLRA",
+    "Rule",
+    "features",
+    "feedback_connection",
+    "find",
+    "loss_connections",
+    "vjp_connections",
+]  # fmt: skip

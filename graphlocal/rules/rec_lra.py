@@ -104,9 +104,7 @@ class RecLRA(Rule):
         return update * (self.reprojection / norm.clamp_min(self.reprojection))
 
 
-def _skip_errors(
-    graph: LocalGraph, sources: list[str], inside: tuple[Subgraph, ...], level: int
-) -> list[Connection]:
+def _skip_errors(graph: LocalGraph, sources: list[str], inside: tuple[Subgraph, ...], level: int) -> list[Connection]:
     """Wire `sources` to the exits of each unit at this level of the partition tree, then go into each unit."""
     units: dict[str, list[Subgraph]] = {}
     for subgraph in inside:
@@ -118,9 +116,7 @@ def _skip_errors(
         exits = _exits(graph, members)
         for name, values in exits.items():
             if name not in sources:
-                connections += _feedback(
-                    graph, [s for s in sources if name in above[s]], name, values, level + 1
-                )
+                connections += _feedback(graph, [s for s in sources if name in above[s]], name, values, level + 1)
         if len(members) > 1:
             own_sources = list(exits)
             connections += _skip_errors(graph, own_sources, tuple(members), level + 1)
@@ -143,9 +139,7 @@ def _exits(graph: LocalGraph, members: list[Subgraph]) -> dict[str, list[str]]:
     return exits
 
 
-def _feedback(
-    graph: LocalGraph, sources: list[str], target: str, values: list[str], depth: int
-) -> list[Connection]:
+def _feedback(graph: LocalGraph, sources: list[str], target: str, values: list[str], depth: int) -> list[Connection]:
     return [
         feedback_connection(graph, source, source_value, target, value, depth)
         for value in values

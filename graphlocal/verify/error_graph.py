@@ -42,11 +42,7 @@ def _learning(graph: LocalGraph) -> dict[str, list[str]]:
     influential = influential_operations(graph)
     found: dict[str, list[str]] = {}
     for op in graph.operations:
-        if (
-            op.name in influential
-            and op.name in graph.owner
-            and any(graph.state[name].trainable for name in op.states)
-        ):
+        if op.name in influential and op.name in graph.owner and any(graph.state[name].trainable for name in op.states):
             found.setdefault(graph.owner[op.name], []).append(op.name)
     return found
 
@@ -60,9 +56,7 @@ def _error_neurons(graph: LocalGraph) -> Iterator[Broken]:
         if name not in graph.neuron:
             parameters = listed(graph.trainable(graph.subgraph[name]))
             where = "; ".join(place(graph, op) for op in operations)
-            yield Broken(
-                f"subgraph {name!r} has no error neuron for its parameters {parameters}", where=where
-            )
+            yield Broken(f"subgraph {name!r} has no error neuron for its parameters {parameters}", where=where)
     for neuron in graph.error_neurons:
         subgraph = graph.subgraph.get(neuron.subgraph)
         if subgraph is None:
@@ -110,9 +104,7 @@ def _kind_problem(graph: LocalGraph, connection: Connection) -> str | None:
     if connection.kind == "feedback":
         measured = graph.neuron[connection.source].values
         if connection.source_value not in measured:
-            return (
-                f"the error neuron of {connection.source!r} measures {listed(measured)}, not its source value"
-            )
+            return f"the error neuron of {connection.source!r} measures {listed(measured)}, not its source value"
         if len(connection.weight) != 2:
             return "a feedback map has two sizes: target features, source features"
         return "a feedback map is never exact" if connection.exact else None
@@ -128,9 +120,7 @@ def _kind_problem(graph: LocalGraph, connection: Connection) -> str | None:
 def _acyclic_error_graph(graph: LocalGraph) -> Iterator[Broken]:
     order = [subgraph.name for subgraph in graph.subgraphs]
     for cycle in shortest_cycles(nx.DiGraph(graph.error_graph), order):
-        path = [
-            next(c for c in graph.connections if (c.source, c.target) == ends) for ends in pairwise(cycle)
-        ]
+        path = [next(c for c in graph.connections if (c.source, c.target) == ends) for ends in pairwise(cycle)]
         drawn = [connection.name for connection in path if connection.kind == "feedback"]
         remedy = f"take out one of the skip-errors {listed(drawn)}" if drawn else None
         yield Broken(

@@ -95,8 +95,7 @@ def _acyclic_quotient(graph: LocalGraph) -> Iterator[Broken]:
     order = [subgraph.name for subgraph in graph.subgraphs]
     for cycle in shortest_cycles(graph.quotient, order):
         yield Broken(
-            "the subgraphs wait for each other in a cycle"
-            + steps(_crossing(graph, a, b) for a, b in pairwise(cycle)),
+            "the subgraphs wait for each other in a cycle" + steps(_crossing(graph, a, b) for a, b in pairwise(cycle)),
             remedy=f"join {listed(cycle[:-1])} into one subgraph, or cut one where the cycle enters it",
             cycle=cycle,
         )
@@ -179,9 +178,7 @@ def _tail_problem(graph: LocalGraph, members: Iterable[str], output: Representat
         if op is None or value not in members:
             return f"on the way back to it comes {value!r}, which is not in the subgraph"
         if not op.pointwise or len(op.inputs) != 1 or op.states or op.effects:
-            return (
-                f"on the way back to it comes {value!r}, which is not an elementwise function of one tensor"
-            )
+            return f"on the way back to it comes {value!r}, which is not an elementwise function of one tensor"
         value = op.inputs[0]
     return None if value in members else f"{value!r} is not in the subgraph"
 

@@ -82,9 +82,7 @@ def steps(lines: Iterable[str]) -> str:
 
 def shortest_cycles(graph: nx.DiGraph, order: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """For each knot of cycles, a shortest one through its first node in `order`, which ends as it starts."""
-    knot = {
-        node: number for number, part in enumerate(nx.strongly_connected_components(graph)) for node in part
-    }
+    knot = {node: number for number, part in enumerate(nx.strongly_connected_components(graph)) for node in part}
     seen: set[int] = set()
     for node in order:
         inside = [after for after in graph.successors(node) if knot[after] == knot[node]]

@@ -54,9 +54,7 @@ def _schedule_legal(graph: LocalGraph) -> Iterator[Broken]:
         key = (action.kind, action.subgraph)
         missing = [need for need in sorted(needs.get(key, ())) if not _before(done.get(need), action)]
         if key not in needs:
-            yield _broken(
-                graph, action, "is no action of this graph: there is no such subgraph or error neuron"
-            )
+            yield _broken(graph, action, "is no action of this graph: there is no such subgraph or error neuron")
         elif key in done:
             yield _broken(graph, action, f"is there {found[key]} times")
         elif (action.step, action.stream) < (last.step, last.stream):
@@ -70,9 +68,7 @@ def _schedule_legal(graph: LocalGraph) -> Iterator[Broken]:
 
 def _before(done: Action | None, action: Action) -> bool:
     """Whether an action that is listed earlier is over when `action` starts."""
-    return done is not None and (
-        done.step < action.step or (done.step == action.step and done.stream == action.stream)
-    )
+    return done is not None and (done.step < action.step or (done.step == action.step and done.stream == action.stream))
 
 
 def _broken(graph: LocalGraph, action: Action, problem: str) -> Broken:
