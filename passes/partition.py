@@ -2,7 +2,7 @@
 
 The pass, step by step:
 
-1. a policy labels the operations with boxes (`graphlocal.passes.policies`);
+1. a policy labels the operations with boxes (`graphlocal.passes.policies`, `boxes`);
 2. boxes on a cycle become one box (an error instead, where the user drew them);
 3. with `depth` above 1, every box is split again inside, level by level, down to single parametric operations;
 4. each innermost box becomes a `Subgraph`, with its inputs, outputs, states, and pre-activations.
@@ -18,16 +18,9 @@ import networkx as nx
 
 from graphlocal.errors import PartitionError
 from graphlocal.ir import LocalGraph, Operation, Representation, Subgraph
-from graphlocal.passes.policies import (
-    PRELUDE,
-    TAIL,
-    Labels,
-    Policy,
-    complete,
-    is_parametric,
-    labels,
-    module_boxes,
-)
+from graphlocal.passes.boxes import PRELUDE, TAIL, Labels, complete, is_parametric
+from graphlocal.passes.module_boxes import module_boxes
+from graphlocal.passes.policies import Policy, labels
 
 FULL = 64
 """A recursion depth that no model exceeds."""

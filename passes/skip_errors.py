@@ -65,8 +65,7 @@ def _ends(graph: LocalGraph, name: str, role: str) -> list[str]:
         return [name]
     region = [s for s in graph.subgraphs if name in s.regions and s.name in graph.neuron]
     inside = {s.name for s in region}
-    exits = [s.name for s in region
-             if any(r.name not in inside for v in graph.neuron[s.name].values for r in graph.readers.get(v, ()))]  # fmt: skip
+    exits = [s.name for s in region if _read_outside(graph, s.name, inside)]
     if exits:
         return exits
     known = [OUTPUT, *graph.neuron] if role == "source" else list(graph.neuron)
@@ -74,3 +73,8 @@ def _ends(graph: LocalGraph, name: str, role: str) -> list[str]:
         f"skip_errors name the {role} {name!r}, which is no subgraph with an error neuron: {nearest(name, known)}",
         remedy="print(local.graph) lists the subgraphs",
     )
+
+
+def _read_outside(graph: LocalGraph, name: str, inside: set[str]) -> bool:
+    readers = (reader.name for value in graph.neuron[name].values for reader in graph.readers.get(value, ()))
+    return any(reader not in inside for reader in readers)
