@@ -16,7 +16,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from graphlocal import cache
 from graphlocal.arguments import Arguments
 from graphlocal.errors import GraphLocalError, InputError, TraceError
 from graphlocal.normalize import normalize
@@ -69,22 +70,44 @@ def trace(model: nn.Module, arguments: Arguments, dynamic: DynamicDims | None = 
         dynamic = frozenset(
             (i, 0) for i, x in enumerate(arguments.leaves) if isinstance(x, torch.Tensor) and x.dim() > 0
         )
+    with training_mode(model):
+        key = cache.fingerprint(model, arguments, dynamic)
+        traced = _from_cache(model, arguments, key) or _run_chain(model, arguments, dynamic)
+    details = (traced.out_spec, traced.rung, traced.dynamic, traced.constants)
+    cache.keep(key, traced.module, model, details)
+    return traced
+
+
+def _from_cache(model: nn.Module, arguments: Arguments, key: Hashable | None) -> TracedModel | None:
+    """The trace of a model of the same structure, on this model's tensors, if it passes the self-check."""
+    kept = cache.find(key)
+    if kept is None:
+        return None
+    out_spec, rung, dynamic, constants = kept.details
+    module = kept.bind(model)
+    try:
+        self_check(model, module, arguments, out_spec)
+    except GraphLocalError:
+        return None
+    return TracedModel(module, arguments, out_spec, rung, (), dynamic, constants)
+
+
+def _run_chain(model: nn.Module, arguments: Arguments, dynamic: DynamicDims) -> TracedModel:
     failures: list[Failure] = []
     opaque: tuple[str, ...] = ()
-    with training_mode(model):
-        while len(opaque) <= MAX_OPAQUE:
-            for dims in dict.fromkeys((dynamic, frozenset())):
-                try:
-                    return _export_rung(model, arguments, dims, opaque)
-                except _RungError as error:
-                    if not failures:
-                        _require_eager(model, arguments)
-                    failures.append(error.failure)
-            offender = _next_offender(failures, opaque)
-            if offender is None:
-                break
-            opaque = _without_children((*opaque, offender))
-        raise _refusal(model, failures)
+    while len(opaque) <= MAX_OPAQUE:
+        for dims in dict.fromkeys((dynamic, frozenset())):
+            try:
+                return _export_rung(model, arguments, dims, opaque)
+            except _RungError as error:
+                if not failures:
+                    _require_eager(model, arguments)
+                failures.append(error.failure)
+        offender = _next_offender(failures, opaque)
+        if offender is None:
+            break
+        opaque = _without_children((*opaque, offender))
+    raise _refusal(model, failures)
 
 
 @dataclass(frozen=True)
