@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -48,13 +49,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore Python's and torch's random state (every CUDA device included) on leaving."""
-    state = random.getstate()
+    """Restore Python's, numpy's and torch's random state (every CUDA device included) on leaving."""
+    state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(state)
+        numpy.random.set_state(numpy_state)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class LocalModule(nn.Module):
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, options: Options) -> None:
         super().__init__()
         self.check_finite = True
-        self._options = options
+        self.options = options
         binder = Binder(model)
         arguments = binder.example(example_inputs)
         error_weights = nn.Module()
@@ -114,7 +114,7 @@ class LocalModule(nn.Module):
         copies = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in leaves)
         arguments = Arguments(args, kwargs, copies, names, spec).with_leaves(copies)
         axes = {(i, 0) for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() > 0}
-        compiled = build(self.original, arguments, self._options, self.error_weights, frozenset(axes | dynamic))
+        compiled = build(self.original, arguments, self.options, self.error_weights, frozenset(axes | dynamic))
         self._recompilations += 1
         if self._recompilations == MANY_RECOMPILATIONS:
             warnings.warn(
@@ -154,7 +154,7 @@ class LocalModule(nn.Module):
         self._reset(Binder(self.original))
 
     def extra_repr(self) -> str:
-        return f"rule={self._options.rule}"
+        return f"rule={self.options.rule}"
 
 
 class LocalStep:

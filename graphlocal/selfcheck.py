@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -53,12 +55,12 @@ def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, o
     Raises TraceError (BufferMismatch for a buffer) that says what differs.
     """
     arguments = _two_rows(model, module, arguments) or arguments
-    random = any(is_random(node) for node in module.graph.nodes)
+    draws = any(is_random(node) for node in module.graph.nodes)
     traced: _Run | None = None
     for seed in SEEDS:
         with_gradients = seed == SEEDS[0]
         eager = _run(model, arguments, seed, with_gradients, None)
-        if traced is None or random:  # a graph that draws nothing gives the same under every seed
+        if traced is None or draws:  # a graph that draws nothing gives the same under every seed
             traced = _run(model, arguments, seed, with_gradients, module)
         _compare(eager, traced, out_spec, seed)
 
@@ -106,6 +108,8 @@ def _run(
     inputs = arguments.map(torch.clone)
     with preserved(model), torch.set_grad_enabled(with_gradients):
         torch.manual_seed(seed)
+        random.seed(seed)  # a tracer fixes what forward draws from these two
+        numpy.random.seed(seed)
         result = module(*inputs.leaves) if module is not None else model(*inputs.args, **inputs.kwargs)
         outputs, spec = pytree.tree_flatten(result)
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}

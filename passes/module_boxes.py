@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import networkx as nx
+from dataclasses import dataclass, field
 
 from graphlocal.ir import LocalGraph, Operation
 from graphlocal.passes.boxes import Labels, has_weights, is_parametric, module_prefixes, readers_of
@@ -14,73 +12,116 @@ from graphlocal.passes.boxes import Labels, has_weights, is_parametric, module_p
 
 @dataclass
 class _Module:
-    """A module (in one of its calls): its own operations, the modules inside, and its number of weights."""
+    """A module (in one of its calls): its operations, the modules inside, and how many of each kind.
+
+    own: operations of the module itself, in none of its children. weights: operations with weights.
+    """
 
     path: str
-    operations: list[Operation]
+    operations: list[Operation] = field(default_factory=list)
     own: int = 0
     weights: int = 0
-    children: dict[str, _Module] | None = None
+    children: dict[str, _Module] = field(default_factory=dict)
+    stacks: dict[bool, list[_Module]] = field(default_factory=dict)
 
 
-def module_boxes(graph: LocalGraph, operations: Sequence[Operation], root: str = "") -> Labels:
+def module_boxes(
+    graph: LocalGraph, operations: Sequence[Operation], root: str = "", reasons: dict[str, str] | None = None
+) -> Labels:
     """Boxes along the modules below `root`: repeated blocks whole, plain containers layer by layer.
 
     A module is split into its parts if it is the root, holds a stack (two or more parts in a row, numbered or of
     the same structure, with two or more weights each, such as `layer1.0, layer1.1`), is a plain container that is
     not itself part of a stack, or holds more than half of all weights. What is not split is one box.
+    reasons: is given, for each box, why it is one.
     """
     tree = _module_tree(graph, operations, root)
     boxes: dict[str, list[Operation]] = {}
-    _split(tree, tree.weights, False, graph, boxes, force=True)
+    why = {} if reasons is None else reasons
+    position = {op.name: i for i, op in enumerate(graph.operations)}
+    _Splitter(graph, position, tree.weights, boxes, why).split(tree, "the whole model", force=True)
     found = {op.name: path for path, members in boxes.items() for op in members}
     return _merge_normalizations(graph, operations, found)
 
 
+def has_stack(graph: LocalGraph) -> bool:
+    """True if the model's modules hold repeated blocks anywhere."""
+    position = {op.name: i for i, op in enumerate(graph.operations)}
+    tree = _module_tree(graph, graph.operations, "")
+    return _Splitter(graph, position, tree.weights, {}, {}).holds_stack(tree, by_structure=True)
+
+
 def _module_tree(graph: LocalGraph, operations: Sequence[Operation], root: str) -> _Module:
-    top = _Module(root, [], children={})
+    top = _Module(root)
     depth = root.count(".") + 1 if root else 0
     for op in operations:
         node = top
         prefixes = module_prefixes(op)
-        inside = prefixes[depth:] if not root or root in prefixes else []
-        for path in inside:
-            assert node.children is not None
+        weight = has_weights(graph, op)
+        for path in prefixes[depth:] if not root or root in prefixes else []:
             node.operations.append(op)
-            node.weights += has_weights(graph, op)
-            node = node.children.setdefault(path, _Module(path, [], children={}))
+            node.weights += weight
+            node = node.children.setdefault(path, _Module(path))
         node.operations.append(op)
-        node.weights += has_weights(graph, op)
-        node.own += bool(node.children is not None)
+        node.weights += weight
+        node.own += 1
     return top
 
 
-def _split(module: _Module, total: int, in_stack: bool, graph: LocalGraph,
-           boxes: dict[str, list[Operation]], force: bool = False) -> None:  # fmt: skip
-    assert module.children is not None
-    holds = _holds_stack(module, graph, by_structure=not in_stack)
-    plain = module.own == 0 and not in_stack and module.weights > 1
-    large = not in_stack and module.weights > 1 and 2 * module.weights > total
-    if not module.children or not (force or holds or plain or large):
-        boxes[module.path] = module.operations
-        return
-    stacked = {child.path for child in _stack(module, graph, by_structure=not in_stack)}
-    for child in module.children.values():
-        _split(child, total, in_stack or child.path in stacked, graph, boxes)
+@dataclass
+class _Splitter:
+    """Walks the module tree and fills `boxes` and `reasons`. total: the weights of the whole tree."""
+
+    graph: LocalGraph
+    position: dict[str, int]
+    total: int
+    boxes: dict[str, list[Operation]]
+    reasons: dict[str, str]
+
+    def split(self, module: _Module, reason: str, in_stack: bool = False, force: bool = False) -> None:
+        holds = self.holds_stack(module, by_structure=not in_stack)
+        plain = module.own == 0 and not in_stack and module.weights > 1
+        large = not in_stack and module.weights > 1 and 2 * module.weights > self.total
+        if not module.children or not (force or holds or plain or large):
+            self.boxes[module.path] = module.operations
+            self.reasons[module.path] = reason
+            return
+        stack = self.stack(module, by_structure=not in_stack)
+        for child in module.children.values():
+            stacked = child in stack
+            why = f"one of {len(stack)} blocks in a row in {module.path or 'the model'}" if stacked else (
+                f"a part of {module.path or 'the model'}")  # fmt: skip
+            self.split(child, why, in_stack or stacked)
+
+    def holds_stack(self, module: _Module, by_structure: bool) -> bool:
+        inside = (self.holds_stack(child, by_structure) for child in module.children.values())
+        return bool(self.stack(module, by_structure)) or any(inside)
+
+    def stack(self, module: _Module, by_structure: bool) -> list[_Module]:
+        """The parts with two or more weights each that run one after the other and are alike.
+
+        Alike by number (`layer1`, `layer2`, or two calls of one module), or by structure: the same operations.
+        """
+        if by_structure not in module.stacks:
+            families = _families(module, by_structure)
+            found = (f for f in families if len(f) > 1 and self._runs_before(f[0], f[1]))
+            module.stacks[by_structure] = next(found, [])
+        return module.stacks[by_structure]
+
+    def _runs_before(self, first: _Module, second: _Module) -> bool:
+        """True if the second module depends on the first: they are in sequence, not side by side."""
+        start = next(op.name for op in first.operations if has_weights(self.graph, op))
+        reached, goal = {start}, {op.name for op in second.operations}
+        last = max(self.position[name] for name in goal)
+        for op in self.graph.operations[self.position[start] + 1 : last + 1]:
+            if not reached.isdisjoint(op.inputs):
+                if op.name in goal:
+                    return True
+                reached.add(op.name)
+        return False
 
 
-def _holds_stack(module: _Module, graph: LocalGraph, by_structure: bool) -> bool:
-    assert module.children is not None
-    inside = (_holds_stack(child, graph, by_structure) for child in module.children.values())
-    return bool(_stack(module, graph, by_structure)) or any(inside)
-
-
-def _stack(module: _Module, graph: LocalGraph, by_structure: bool) -> list[_Module]:
-    """The parts with two or more weights each that run one after the other and are alike.
-
-    Alike by number (`layer1`, `layer2`, or two calls of one module), or by structure: the same operations.
-    """
-    assert module.children is not None
+def _families(module: _Module, by_structure: bool) -> list[list[_Module]]:
     families: dict[object, list[_Module]] = {}
     for child in module.children.values():
         if child.weights < 2:
@@ -91,16 +132,7 @@ def _stack(module: _Module, graph: LocalGraph, by_structure: bool) -> list[_Modu
             families.setdefault(stem[1] if stem else name, []).append(child)
         elif by_structure:
             families.setdefault(tuple(op.target for op in child.operations), []).append(child)
-    for family in families.values():
-        if len(family) > 1 and _runs_before(family[0], family[1], graph):
-            return family
-    return []
-
-
-def _runs_before(first: _Module, second: _Module, graph: LocalGraph) -> bool:
-    """True if the second module depends on the first: they are in sequence, not side by side."""
-    after = nx.descendants(graph.operation_dag, next(op.name for op in first.operations if has_weights(graph, op)))
-    return any(op.name in after for op in second.operations)
+    return list(families.values())
 
 
 def _merge_normalizations(graph: LocalGraph, operations: Sequence[Operation], found: Labels) -> Labels:
@@ -144,8 +176,3 @@ def _next_boxes(name: str, readers: dict[str, list[str]], found: Labels, box: st
             else:
                 pending.append(reader)
     return boxes
-
-
-def has_stack(graph: LocalGraph) -> bool:
-    """True if the model's modules hold repeated blocks anywhere."""
-    return _holds_stack(_module_tree(graph, graph.operations, ""), graph, by_structure=True)
