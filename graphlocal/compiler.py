@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -150,15 +151,16 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
     example = next(p for p in model.parameters() if p.is_floating_point())
     names = weight_names(graph)
     for i, connection in enumerate(c for c in graph.connections if c.kind == "feedback"):
-        name = names[connection.name]
-        if hasattr(error_weights, name):
-            continue
         generator = torch.Generator().manual_seed((torch.initial_seed() + 7919 * (i + 1)) % 2**63)
-        value = rule.initial_feedback(connection, generator).to(example.device, example.dtype)
-        if rule.learns_feedback:
-            error_weights.register_parameter(name, nn.Parameter(value))
-        else:
-            error_weights.register_buffer(name, value)
+        for name, shape in zip(names[connection.name], pairwise(connection.weight), strict=True):
+            value = rule.initial_feedback(replace(connection, weight=shape), generator)
+            if hasattr(error_weights, name):
+                continue
+            value = value.to(example.device, example.dtype)
+            if rule.learns_feedback:
+                error_weights.register_parameter(name, nn.Parameter(value))
+            else:
+                error_weights.register_buffer(name, value)
 
 
 def _alike(given: torch.Tensor, example: torch.Tensor) -> bool:

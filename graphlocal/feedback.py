@@ -6,6 +6,7 @@ have them) are kept; the source's other positions are summed, and the target's o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,19 +28,22 @@ class Layout:
     target_axis: int
     shared: tuple[tuple[int, int], ...]
 
-    def apply(self, weight: Tensor, error: Tensor, target: Tensor) -> Tensor:
+    def apply(self, factors: Sequence[Tensor], error: Tensor, target: Tensor) -> Tensor:
         """E e, laid out like `target` (its shape and dtype).
 
-        weight: target features x source features. error: the source's error.
+        factors: E as a product, the first with target features rows, the last with source features columns.
+        error: the source's error.
         """
         if self.source_axis == self.source_rank:
             error = error.unsqueeze(-1)
-        error = error.to(weight.dtype).movedim(self.source_axis, -1)
+        error = error.to(factors[0].dtype).movedim(self.source_axis, -1)
         kept = [_without(axis, self.source_axis) for axis, _ in self.shared]
         summed = [axis for axis in range(error.dim() - 1) if axis not in kept]
         if summed:
             error = error.sum(summed)
-        message = error @ weight.mT
+        message = error
+        for factor in reversed(factors):
+            message = message @ factor.mT
         goal = target.unsqueeze(-1) if self.target_axis == self.target_rank else target
         placed = {_without(axis, self.target_axis): i for i, (_, axis) in enumerate(self.shared)}
         for axis in range(goal.dim() - 1):
@@ -81,10 +85,9 @@ def _match(
     return tuple(pairs)
 
 
-def cotangent_update(map_: Layout, weight: Tensor, error: Tensor, cotangent: Tensor) -> Tensor:
-    """Sum over batch and positions of C eᵀ: the gradient of <C, E e> with respect to E."""
+def cotangent_update(map_: Layout, factors: Sequence[Tensor], error: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+    """Sum over batch and positions of C eᵀ: the gradient of <C, E e> with respect to E's factors."""
     with torch.enable_grad():
-        leaf = weight.detach().requires_grad_()
-        message = map_.apply(leaf, error, cotangent)
-        (update,) = torch.autograd.grad(message, leaf, cotangent)
-    return update
+        leaves = [factor.detach().requires_grad_() for factor in factors]
+        message = map_.apply(leaves, error, cotangent)
+        return torch.autograd.grad(message, leaves, cotangent)

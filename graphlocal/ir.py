@@ -138,7 +138,8 @@ class Connection:
     source: a subgraph, or `OUTPUT` for kind `loss`. source_value: whose error a feedback map reads.
     exact: the message is a true derivative of what comes after, not one that a target is made of.
     depth: 0 for exact paths, else the recursion depth that drew the connection (1 = from the output).
-    weight: shape of the feedback map E (target features, source features); () for the other kinds.
+    weight: sizes of the feedback map E, (target features, source features), or with a rank between them where E is
+    the product of two factors; () for the other kinds.
     """
 
     source: str

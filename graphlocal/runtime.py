@@ -42,7 +42,7 @@ class LocalModule(nn.Module):
         self.error_weights = error_weights
         self._reset(binder)
         self._remember(compiled)
-        self.training = model.training
+        self.training = error_weights.training = model.training
 
     def _reset(self, binder: Binder) -> None:
         self._binder = binder
@@ -138,6 +138,7 @@ class LocalModule(nn.Module):
     def train(self, mode: bool = True) -> LocalModule:
         self.training = mode
         self.original.train(mode)
+        self.error_weights.train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LocalModule:

@@ -112,8 +112,8 @@ class Feedback(nn.Module):
         super().__init__()
         self.layout = layout
 
-    def forward(self, weight: Tensor, error: Tensor | None, target: Tensor) -> Tensor | None:
-        return None if error is None else self.layout.apply(weight.detach(), error, target)
+    def forward(self, error: Tensor | None, target: Tensor, *factors: Tensor) -> Tensor | None:
+        return None if error is None else self.layout.apply([E.detach() for E in factors], error, target)
 
     def extra_repr(self) -> str:
         return str(self.layout)
@@ -140,21 +140,23 @@ class LocalError(nn.Module):
 
 
 class FeedbackUpdate(nn.Module):
-    """The update of one learned feedback map E."""
+    """The updates of the factors of one learned feedback map E."""
 
     def __init__(self, error: LocalError, layout: Layout) -> None:
         super().__init__()
         self.error, self.layout = error, layout
 
-    def forward(self, weight: Tensor, h: Tensor, z: Tensor, displacement: Tensor | None,
-                source: Tensor | None, batch: int) -> Tensor | None:  # fmt: skip
-        if displacement is None or source is None or not weight.requires_grad:
-            return None
+    def forward(self, h: Tensor, z: Tensor, displacement: Tensor | None, source: Tensor | None, batch: int,
+                *factors: Tensor) -> tuple[Tensor | None, ...]:  # fmt: skip
+        nothing = (None,) * len(factors)
+        if displacement is None or source is None or not factors[0].requires_grad:
+            return nothing
         with torch.no_grad():
             cotangent = self.error.rule.feedback_cotangent(self.error.neuron(h, z), displacement * batch)
         if cotangent is None:
-            return None
-        return self.error.rule.project(cotangent_update(self.layout, weight, source, cotangent.detach()))
+            return nothing
+        updates = cotangent_update(self.layout, factors, source, cotangent.detach())
+        return tuple(self.error.rule.project(update) for update in updates)
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,14 @@ def emit(
     return _Emitter(graph, traced, model, rule, error_weights, fused).emit()
 
 
-def weight_names(graph: LocalGraph) -> dict[str, str]:
-    """The attribute name of each feedback connection's E, by the connection's name."""
+def weight_names(graph: LocalGraph) -> dict[str, tuple[str, ...]]:
+    """The attribute names of the factors of each feedback connection's E, by the connection's name."""
     feedback = [c for c in graph.connections if c.kind == "feedback"]
-    return {c.name: f"{c.value}_from_{c.source_value}" for c in feedback}
+    names = {c.name: f"{c.value}_from_{c.source_value}" for c in feedback}
+    return {
+        c.name: (names[c.name],) if len(c.weight) == 2 else (f"{names[c.name]}_left", f"{names[c.name]}_right")
+        for c in feedback
+    }
 
 
 class _Emitter:
@@ -203,13 +207,14 @@ class _Emitter:
 
     def _learn_feedback(self, connection: Connection, error: LocalError, h: fx.Node, z: fx.Node,
                         displacement: fx.Node) -> None:  # fmt: skip
-        name = self.weight_names[connection.name]
+        names = [f"error_weights.{name}" for name in self.weight_names[connection.name]]
         update = FeedbackUpdate(error, layout(self.graph, connection))
-        weight = self._get(f"error_weights.{name}")
-        node = self.call_module(f"{name}_update", update, weight, h, z, displacement,
-                                self.errors.get(connection.source_value), self.batch)  # fmt: skip
-        self.gradients[f"error_weights.{name}"] = [node]
-        self._apply([f"error_weights.{name}"])
+        source = self.errors.get(connection.source_value)
+        node = self.call_module(f"{connection.value}_from_{connection.source_value}_update", update,
+                                h, z, displacement, source, self.batch, *map(self._get, names))  # fmt: skip
+        for i, name in enumerate(names):
+            self.gradients[name] = [self.call(operator.getitem, node, i)]
+        self._apply(names)
 
     def _message(self, connection: Connection) -> list[fx.Node]:
         """The messages of one connection; a value that the model returns twice has two errors."""
@@ -222,10 +227,10 @@ class _Emitter:
         error = self.errors.get(connection.source_value)
         if error is None:
             return []
-        name = self.weight_names[connection.name]
-        weight = self._get(f"error_weights.{name}")
+        factors = [self._get(f"error_weights.{name}") for name in self.weight_names[connection.name]]
         module = Feedback(layout(self.graph, connection))
-        return [self.call_module(f"d_{name}", module, weight, error, self.attached[connection.value])]
+        name = f"d_{connection.value}_from_{connection.source_value}"
+        return [self.call_module(name, module, error, self.attached[connection.value], *factors)]
 
     def _sum(self, nodes: list[fx.Node]) -> fx.Node | None:
         if len(nodes) < 2:

@@ -195,7 +195,7 @@ BROKEN: dict[str, list[tuple[str, LocalGraph]]] = {
         ("the error neuron of '2' measures 'tanh_1', not 'linear_1'", link(1, value="linear_1")),
         ("an exact connection has no recursion depth", link(0, depth=1)),
         ("'4' measures 'linear_2', not its source value", link(1, source_value="tanh")),
-        ("a feedback map has two sizes: target features, source features", link(1, weight=())),
+        ("a feedback map has two sizes, target and source features", link(1, weight=())),
         ("a feedback map is never exact", link(1, exact=True, depth=0)),
         ("a vjp connection has neither a source value", changed(residual(), "connections", 1, weight=(6, 3))),
         ("the model does not return 'tanh_1'", link(0, target="2", value="tanh_1")),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import networkx as nx
@@ -28,7 +29,9 @@ class RecLRA(Rule):
     and gives the error its scale back, so that updates stay proportional to the loss; None is the paper's.
     derivative: multiply the error with phi'. reprojection: bound c on the norm of every update,
     c Delta / ||Delta||. max_source_features: an output with more features than this (a vocabulary) sends its
-    error through its own exact derivative, and skip-errors start below it.
+    error through its own exact derivative, and skip-errors start below it. feedback_share: no E holds more than
+    this share of the model's trainable parameters, and all of them together no more than `feedback_total`; an E
+    that would becomes the product of two factors of the rank that fits (`print(local.graph)` shows it).
 
     Raises InputError for options out of range.
     """
@@ -42,6 +45,8 @@ class RecLRA(Rule):
     derivative: bool = False
     reprojection: float | None = None
     max_source_features: int = 1024
+    feedback_share: float = 0.25
+    feedback_total: float = 1.0
 
     def __post_init__(self) -> None:
         choices = {"error_weights": ("fixed", "kp", "literal"), "rescale": ("rms", None)}
@@ -64,7 +69,16 @@ class RecLRA(Rule):
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         exact, sources = self._exact_paths(graph)
-        return (*exact, *_skip_errors(graph, sources, graph.subgraphs, level=0))
+        skip_errors = _skip_errors(graph, sources, graph.subgraphs, level=0)
+        return (*exact, *self._bounded(graph, skip_errors))
+
+    def _bounded(self, graph: LocalGraph, connections: list[Connection]) -> list[Connection]:
+        """Connections whose feedback maps keep to `feedback_share` and `feedback_total`."""
+        parameters = sum(math.prod(map(int, s.type.shape)) for s in graph.states if s.trainable)
+        limit = int(self.feedback_share * parameters)
+        wanted = sum(min(math.prod(c.weight), limit) for c in connections)
+        limit = min(limit, int(limit * self.feedback_total * parameters / max(wanted, 1)))
+        return [replace(c, weight=_fitting(c.weight, limit)) for c in connections]
 
     def _exact_paths(self, graph: LocalGraph) -> tuple[list[Connection], list[str]]:
         """The loss's gradient, carried down through what has no parameters or too many features."""
@@ -165,3 +179,11 @@ def feedback_connection(
             )
     return Connection(source, target, value, "feedback", depth=depth, source_value=source_value,
                       weight=(int(shape[0]), int(shape[1])))  # fmt: skip
+
+
+def _fitting(weight: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    """The shape of a feedback map with at most `limit` entries: full, or of the largest rank (at least 1) that fits."""
+    rows, columns = weight
+    if rows * columns <= max(limit, rows + columns):
+        return weight
+    return rows, max(1, limit // (rows + columns)), columns

@@ -105,8 +105,8 @@ def _kind_problem(graph: LocalGraph, connection: Connection) -> str | None:
         measured = graph.neuron[connection.source].values
         if connection.source_value not in measured:
             return f"the error neuron of {connection.source!r} measures {listed(measured)}, not its source value"
-        if len(connection.weight) != 2:
-            return "a feedback map has two sizes: target features, source features"
+        if len(connection.weight) not in (2, 3):
+            return "a feedback map has two sizes, target and source features, and a rank between them if it has factors"
         return "a feedback map is never exact" if connection.exact else None
     if connection.source_value or connection.weight:
         return f"a {connection.kind} connection has neither a source value nor a feedback map"
@@ -161,7 +161,7 @@ def _message_shapes(graph: LocalGraph) -> Iterator[Broken]:
         if connection.kind == "feedback":
             ends = (connection.value, connection.source_value)
             wanted = tuple(_features(graph, value) for value in ends)
-            if wanted != connection.weight:
+            if wanted != (connection.weight[0], connection.weight[-1]):
                 yield Broken(
                     f"the connection {connection_label(connection)} needs an E of "
                     f"{wanted[0]}x{wanted[1]}, the features of "
