@@ -154,7 +154,8 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
         generator = torch.Generator().manual_seed((torch.initial_seed() + 7919 * (i + 1)) % 2**63)
         for name, shape in zip(names[connection.name], pairwise(connection.weight), strict=True):
             value = rule.initial_feedback(replace(connection, weight=shape), generator)
-            if hasattr(error_weights, name):
+            known = getattr(error_weights, name, None)
+            if known is not None and known.shape == value.shape:
                 continue
             value = value.to(example.device, example.dtype)
             if rule.learns_feedback:

@@ -124,6 +124,8 @@ class _Lifter:
         """An int, or an expression in the symbols B (the first one seen), S1, S2, ..."""
         if isinstance(size, int):
             return size
+        if size.node.expr.is_number:  # the tracer began with a symbol, then found that forward fixes it
+            return int(size)
 
         def rename(match: re.Match[str]) -> str:
             known = self.symbols

@@ -48,8 +48,13 @@ class LocalModule(nn.Module):
         self._binder = binder
         self._cache: list[tuple[Any, Compiled]] = []
         self._recompilations = 0
+        self._watch()
+
+    def _watch(self) -> None:
+        """Take note of the model's modules and parameters, the ones that it has now."""
         self._watched = list(self.original.modules())
         self._weights = list(self.original.parameters())
+        self._structure = [_children(module) for module in self._watched]
 
     # What was compiled.
 
@@ -79,7 +84,7 @@ class LocalModule(nn.Module):
     # Running.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not (self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled() and self._learns()):
             return self.original(*args, **kwargs)
         leaves, compiled = self._prepare(args, kwargs)
         step = LocalStep(self, compiled)
@@ -89,6 +94,9 @@ class LocalModule(nn.Module):
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Compiled]:
         """The flat inputs of a call, and a compilation that fits it."""
         leaves, spec = self._binder.flatten(args, kwargs)
+        if [_children(module) for module in self._watched] != self._structure:
+            self._cache.clear()  # a layer was replaced
+            self._watch()
         state = self._state()
         dynamic: set[tuple[int, int]] = set()
         for i, (compiled_state, compiled) in enumerate(self._cache):
@@ -100,6 +108,9 @@ class LocalModule(nn.Module):
                     return leaves, compiled
                 dynamic |= sizes | compiled.traced.dynamic if sizes else set()
         return leaves, self._recompile(leaves, spec, dynamic)
+
+    def _learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.original.parameters())
 
     def _state(self) -> tuple[Any, ...]:
         """What a compilation depends on besides the inputs: modes, frozen parameters, device and dtype."""
@@ -118,7 +129,7 @@ class LocalModule(nn.Module):
         self._recompilations += 1
         if self._recompilations == MANY_RECOMPILATIONS:
             warnings.warn(
-                f"{self.graph.name} was compiled {MANY_RECOMPILATIONS} times for calls that differ; each takes "
+                f"{compiled.graph.name} was compiled {MANY_RECOMPILATIONS} times for calls that differ; each takes "
                 "seconds. Pad the inputs to one size, and keep options that are not tensors constant.",
                 stacklevel=4,
             )
@@ -147,7 +158,7 @@ class LocalModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_binder", "_cache", "_watched", "_weights", "_recompilations")
+        derived = ("_binder", "_cache", "_watched", "_weights", "_structure", "_recompilations")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,6 +167,11 @@ class LocalModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rule={self.options.rule}"
+
+
+def _children(module: nn.Module) -> tuple[int, ...]:
+    """The identities of a module's own submodules and parameters."""
+    return (*map(id, module._modules.values()), *map(id, module._parameters.values()))
 
 
 class LocalStep:

@@ -69,7 +69,8 @@ class RecLRA(Rule):
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         exact, sources = self._exact_paths(graph)
-        skip_errors = _skip_errors(graph, sources, graph.subgraphs, level=0)
+        wired = {(c.target, c.value) for c in exact}
+        skip_errors = _skip_errors(graph, sources, graph.subgraphs, 0, wired)
         return (*exact, *self._bounded(graph, skip_errors))
 
     def _bounded(self, graph: LocalGraph, connections: list[Connection]) -> list[Connection]:
@@ -118,8 +119,13 @@ class RecLRA(Rule):
         return update * (self.reprojection / norm.clamp_min(self.reprojection))
 
 
-def _skip_errors(graph: LocalGraph, sources: list[str], inside: tuple[Subgraph, ...], level: int) -> list[Connection]:
-    """Wire `sources` to the exits of each unit at this level of the partition tree, then go into each unit."""
+def _skip_errors(
+    graph: LocalGraph, sources: list[str], inside: tuple[Subgraph, ...], level: int, wired: set[tuple[str, str]]
+) -> list[Connection]:
+    """Wire `sources` to the exits of each unit at this level of the partition tree, then go into each unit.
+
+    wired: the (subgraph, value) pairs that have their error already; grows.
+    """
     units: dict[str, list[Subgraph]] = {}
     for subgraph in inside:
         path = (*subgraph.regions, subgraph.name)
@@ -129,11 +135,12 @@ def _skip_errors(graph: LocalGraph, sources: list[str], inside: tuple[Subgraph, 
     for members in units.values():
         exits = _exits(graph, members)
         for name, values in exits.items():
-            if name not in sources:
-                connections += _feedback(graph, [s for s in sources if name in above[s]], name, values, level + 1)
+            open_values = [value for value in values if (name, value) not in wired]
+            wired.update((name, value) for value in open_values)
+            reachable = [source for source in sources if name in above[source]]
+            connections += _feedback(graph, reachable, name, open_values, level + 1)
         if len(members) > 1:
-            own_sources = list(exits)
-            connections += _skip_errors(graph, own_sources, tuple(members), level + 1)
+            connections += _skip_errors(graph, list(exits), tuple(members), level + 1, wired)
     return connections
 
 
