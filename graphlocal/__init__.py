@@ -8,18 +8,26 @@ if not (_pathlib.Path(__file__).resolve().parent / "passes").is_dir():
 
 from graphlocal import rules
 from graphlocal.alignment import Alignment, alignment
+from graphlocal.check import Finding, Report, check
 from graphlocal.compile import compile
 from graphlocal.errors import GraphLocalError
+from graphlocal.recalibrate import recalibrate
 from graphlocal.runtime import LocalModule
 from graphlocal.step import TrainStep, train_step
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Alignment",
+    "Finding",
     "GraphLocalError",
     "LocalModule",
+    "Report",
     "TrainStep",
     "alignment",
+    "check",
     "compile",
+    "recalibrate",
     "rules",
     "train_step",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphlocal.arguments import call_of
 from graphlocal.preserve import preserved, training_mode
 from graphlocal.runtime import LocalModule
 
@@ -34,12 +35,10 @@ class Alignment:
 def alignment(local: LocalModule, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> Alignment:
     """Compare local updates with autograd's gradients on one batch, in training mode.
 
-    inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. loss_fn: from the model's
+    inputs: a tensor, a tuple (or list) of positional inputs, or a dict of keyword inputs. loss_fn: from the model's
     output to a scalar. Both passes see the same random numbers and buffers; nothing is left changed.
     """
-    args, kwargs = (
-        ((), inputs) if isinstance(inputs, Mapping) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
-    )
+    args, kwargs = call_of(inputs, "inputs")
     parameters = {n: p for n, p in local.original.named_parameters() if p.requires_grad}
 
     def gradients(model: Any) -> dict[str, Tensor]:

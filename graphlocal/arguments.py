@@ -42,6 +42,23 @@ class Arguments:
         return Arguments(args, kwargs, tuple(leaves), self.names, self.spec)
 
 
+def call_of(inputs: ExampleInputs, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that a tensor, a tuple (or list), or a dict stands for.
+
+    Raises InputError, with the `name` that the user knows the inputs by, for anything else.
+    """
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    raise InputError(
+        f"{name} is a {type(inputs).__name__}",
+        remedy="pass a tuple of positional inputs, such as (torch.randn(8, 3, 32, 32),), or a dict of keyword inputs",
+    )
+
+
 class Binder:
     """Binds calls of one model's `forward` to canonical arguments."""
 
@@ -83,21 +100,7 @@ class Binder:
 
         Raises InputError for inputs that do not fit the model's signature or hold no tensor.
         """
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        if isinstance(example_inputs, torch.Tensor):
-            args = (example_inputs,)
-        elif isinstance(example_inputs, Mapping):
-            kwargs = dict(example_inputs)
-        elif isinstance(example_inputs, (tuple, list)):
-            args = tuple(example_inputs)
-        else:
-            raise InputError(
-                f"example_inputs is a {type(example_inputs).__name__}",
-                remedy="pass a tuple of positional inputs, such as (torch.randn(8, 3, 32, 32),), "
-                "or a dict of keyword inputs",
-            )
-        args, kwargs = self._canonical(args, kwargs)
+        args, kwargs = self._canonical(*call_of(example_inputs, "example_inputs"))
         paths, spec = pytree.tree_flatten_with_path((args, kwargs))
         parameters = list(self.signature.parameters)
         names = tuple(_leaf_name(path, parameters) for path, _ in paths)

@@ -42,5 +42,20 @@ def compile(
         raise InputError("the model is compiled already", remedy="pass local.original to compile it anew")
     if target not in TARGETS:
         raise InputError(f"unknown target {target!r}: {nearest(target, TARGETS)}", remedy=f"targets: {TARGETS}")
-    pairs = tuple((str(a), str(b)) for a, b in skip_errors)
-    return LocalModule(model, example_inputs, Options(find(rule), partition, pairs))
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise InputError(
+            f"{type(model).__name__} has parameters or buffers on the meta device",
+            why="they have no values, and tracing runs the model",
+            remedy="call model.to_empty(device='cpu') and initialize or load its weights first",
+        )
+    return LocalModule(model, example_inputs, Options(find(rule), partition, _pairs(skip_errors)))
+
+
+def _pairs(skip_errors: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    pairs = list(skip_errors) if isinstance(skip_errors, Iterable) else [skip_errors]
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(end, str) for end in pair):
+            raise InputError(
+                f"skip_errors hold {pair!r}", remedy='pass pairs of names, such as [("output", "layer2.1")]'
+            )
+    return tuple((source, target) for source, target in pairs)

@@ -221,7 +221,8 @@ class LocalStep:
         if not retain:
             self.saved = None
         if self.local.check_finite:
-            require_finite(self.compiled, aligned, dict(zip(self.compiled.training.weights, weights, strict=True)))
+            norms = update_norms(self.compiled.training.weights, weights)
+            require_finite(self.compiled, aligned, norms)
         return [*weights, *feedback, *(inputs[i] for i in self.inputs)]
 
 
@@ -258,16 +259,19 @@ def _refuse_lost_input_gradients(compiled: Compiled, leaves: list[Any]) -> None:
                     )
 
 
-def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], gradients: dict[str, Tensor | None]) -> None:
-    """Raise LocalTrainingError, naming the subgraph, if an update is not a number.
+def update_norms(names: Sequence[str], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """The norm of each dense update, by the parameter's name; nothing waits for the device."""
+    found = {n: g for n, g in zip(names, gradients, strict=True) if g is not None and not g.is_sparse}
+    return dict(zip(found, torch._foreach_norm(list(found.values())), strict=True)) if found else {}
+
+
+def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], norms: dict[str, Tensor]) -> None:
+    """Raise LocalTrainingError, naming the subgraph, if the norm of an update is not a number.
 
     An infinite output error is let pass: a loss scaler makes it, looks for it, and skips the step.
     """
-    found = {name: g for name, g in gradients.items() if g is not None and not g.is_sparse}
-    if not found:
-        return
-    norms = torch._foreach_norm(list(found.values()))
-    if not bool(torch.stack([norm.to(norms[0]) for norm in norms]).isnan().any()):
+    first = next(iter(norms.values()), None)
+    if first is None or not bool(torch.stack([norm.to(first) for norm in norms.values()]).isnan().any()):
         return
     if any(error is not None and bool(error.isinf().any()) for error in errors):
         return
@@ -277,7 +281,7 @@ def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], gradient
             why="the loss or the outputs hold NaN",
             remedy="lower the learning rate, or look for NaN in the inputs (set local.check_finite = False to go on)",
         )
-    bad = {name for (name, _), norm in zip(found.items(), norms, strict=True) if bool(norm.isnan())}
+    bad = {name for name, norm in norms.items() if bool(norm.isnan())}
     order = [compiled.graph.subgraphs[a.subgraph - 1] for a in compiled.graph.schedule if a.kind == "D"]
     subgraph = next(s for s in order if bad.intersection(s.states))
     raise LocalTrainingError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from graphlocal.arguments import Arguments
 from graphlocal.errors import TraceError
 from graphlocal.normalize import is_random
+from graphlocal.opaque import OpaqueLeaf
 from graphlocal.preserve import preserved
 
 SEEDS = (0, 1, 2)
@@ -37,12 +39,28 @@ class BufferMismatch(TraceError):
         )
 
 
+class StateMismatch(TraceError):
+    """Forward reads what an earlier call left in a Python attribute; `module` owns that attribute."""
+
+    def __init__(self, module: str, attribute: str) -> None:
+        self.module = module
+        super().__init__(
+            "a second call of the model gives another output than a second run of the traced graph",
+            where=f"module {module}" if module else "the model's forward",
+            why=f"forward reads what an earlier call left in the Python attribute {attribute!r}",
+            remedy=f"keep {attribute!r} in a buffer that forward changes in place, or pass it as an input",
+        )
+
+
 @dataclass(frozen=True)
 class _Run:
+    """changed: the Python attributes that the run changed, as (module, attribute)."""
+
     outputs: list[Any]
     spec: pytree.TreeSpec | None
     buffers: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor | None]
+    changed: list[tuple[str, str]]
 
 
 def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, out_spec: pytree.TreeSpec) -> None:
@@ -52,7 +70,7 @@ def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, o
     lost `no_grad`, `detach` or custom backward is found. Where the graph leaves the batch size open, two rows
     of the example are enough, and show that another batch size works.
 
-    Raises TraceError (BufferMismatch for a buffer) that says what differs.
+    Raises TraceError (BufferMismatch for a buffer, StateMismatch for a Python attribute) that says what differs.
     """
     arguments = _two_rows(model, module, arguments) or arguments
     draws = any(is_random(node) for node in module.graph.nodes)
@@ -63,6 +81,10 @@ def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, o
         if traced is None or draws:  # a graph that draws nothing gives the same under every seed
             traced = _run(model, arguments, seed, with_gradients, module)
         _compare(eager, traced, out_spec, seed)
+    opaque = [f"{m.path}." for m in module.modules() if isinstance(m, OpaqueLeaf)]
+    suspects = [(owner, name) for owner, name in eager.changed if not f"{owner}.".startswith(tuple(opaque))]
+    if suspects:
+        _compare_second_calls(model, module, arguments, suspects)
 
 
 def _compare(eager: _Run, traced: _Run, out_spec: pytree.TreeSpec, seed: int) -> None:
@@ -80,6 +102,39 @@ def _compare(eager: _Run, traced: _Run, out_spec: pytree.TreeSpec, seed: int) ->
             raise BufferMismatch(name)
     for name, gradient in eager.gradients.items():
         _compare_gradients(name, gradient, traced.gradients[name])
+
+
+def _compare_second_calls(
+    model: nn.Module, module: fx.GraphModule, arguments: Arguments, suspects: list[tuple[str, str]]
+) -> None:
+    """Compare once more after a call whose Python attributes are not restored, as a user's own calls are not."""
+    found = []
+    for run in (lambda x: model(*x.args, **x.kwargs), lambda x: module(*x.leaves)):
+        with preserved(model), torch.no_grad():
+            values = [buffer.clone() for buffer in model.buffers()]
+            for _ in range(2):
+                for buffer, value in zip(model.buffers(), values, strict=True):
+                    buffer.copy_(value)
+                _seed(SEEDS[0])
+                result = run(arguments.map(torch.clone))
+            found.append(pytree.tree_leaves(result))
+    if not all(_same(a, b) for a, b in zip(*found, strict=True)):
+        raise StateMismatch(*suspects[0])
+
+
+def _attributes(model: nn.Module) -> dict[tuple[str, str], tuple[Any, int]]:
+    """Every Python attribute of every submodule, with its size if it is a container."""
+    return {
+        (path, name): (value, len(value) if isinstance(value, (list, dict, set, deque)) else 0)
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+    }
+
+
+def _changed(before: dict[tuple[str, str], tuple[Any, int]], model: nn.Module) -> list[tuple[str, str]]:
+    after = _attributes(model).items()
+    return [key for key, (value, size) in after if (known := before.get(key, (None, 0)))[0] is not value
+            or known[1] != size]  # fmt: skip
 
 
 def _two_rows(model: nn.Module, module: fx.GraphModule, arguments: Arguments) -> Arguments | None:
@@ -107,15 +162,21 @@ def _run(
 ) -> _Run:
     inputs = arguments.map(torch.clone)
     with preserved(model), torch.set_grad_enabled(with_gradients):
-        torch.manual_seed(seed)
-        random.seed(seed)  # a tracer fixes what forward draws from these two
-        numpy.random.seed(seed)
+        _seed(seed)
+        before = _attributes(model)
         result = module(*inputs.leaves) if module is not None else model(*inputs.args, **inputs.kwargs)
         outputs, spec = pytree.tree_flatten(result)
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        changed = _changed(before, model)
         gradients = _gradients(model, outputs) if with_gradients else {}
     outputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in outputs]
-    return _Run(outputs, spec if module is None else None, buffers, gradients)
+    return _Run(outputs, spec if module is None else None, buffers, gradients, changed)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)  # a tracer fixes what forward draws from these two
+    numpy.random.seed(seed)
 
 
 def _gradients(model: nn.Module, outputs: list[Any]) -> dict[str, torch.Tensor | None]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
-from graphlocal.runtime import LocalModule
+from graphlocal.runtime import LocalModule, require_finite, update_norms
+
+ERROR_WEIGHTS = "error_weights."
+"""What the names of the feedback maps start with."""
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -48,15 +51,16 @@ class TrainStep:
         self._parts: dict[tuple[Compiled, tuple[str, ...]], _PartialOptimizer] = {}
 
     def __call__(self, x: Any, y: Any) -> Tensor:
-        """Train on one batch; x: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        """Train on one batch; x: a tensor, a tuple (or list) of positional inputs, or a dict of keyword inputs.
 
-        Returns the loss (detached). Raises LocalTrainingError if an update is not a number.
+        Returns the loss (detached). Raises LocalTrainingError if the loss, or after the step an update, is not a
+        number.
         """
         if not self.local.training:
             raise InputError("the model is in evaluation mode", remedy="call local.train() before training")
-        args, kwargs = ((), x) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
+        args, kwargs = call_of(x, "x")
         with torch.enable_grad():
-            leaves, compiled = self.local._prepare(args, dict(kwargs))
+            leaves, compiled = self.local._prepare(args, kwargs)
             leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             forward, error_pass = compiled.fused_passes
             try:
@@ -66,8 +70,16 @@ class TrainStep:
                 forward, error_pass = compiled.fused_passes
                 outputs, saved = forward(*leaves)
             loss, errors = self._loss(compiled, outputs, y)
+        norms: dict[str, Tensor] = {}
+
+        def apply(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
+            if self.local.check_finite and not names[0].startswith(ERROR_WEIGHTS):
+                norms.update(update_norms(names, gradients))
+            self._apply(compiled, names, gradients)
+
         with torch.no_grad():
-            error_pass(saved, errors, lambda names, gradients: self._apply(compiled, names, gradients), False)
+            error_pass(saved, errors, apply, False)
+            require_finite(compiled, errors, norms)
         return loss
 
     def _loss(self, compiled: Compiled, outputs: Any, y: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -96,7 +108,7 @@ class TrainStep:
         self._parts[key].step(gradients)
 
     def _parameter(self, name: str) -> nn.Parameter:
-        if name.startswith("error_weights."):
+        if name.startswith(ERROR_WEIGHTS):
             return self.local.get_parameter(name)
         return self.local.original.get_parameter(name)
 
@@ -106,19 +118,22 @@ class _PartialOptimizer:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
         self.parameters, self.whole = parameters, optimizer
-        wanted = {id(p) for p in parameters}
         self.view = object.__new__(type(optimizer))
         self.view.__dict__.update(optimizer.__dict__)
-        self.groups = [
-            (group, mine)
-            for group in optimizer.param_groups
-            if (mine := [p for p in group["params"] if id(p) in wanted])
-        ]
-        self.view.state = optimizer.state if isinstance(optimizer.state, defaultdict) else self.view.state
+        self.view.__dict__.pop("step", None)  # an lr_scheduler's, which runs the whole optimizer
+        self._divide()
+
+    def _divide(self) -> None:
+        """Find this part's parameters in each group of the optimizer."""
+        wanted = {id(p) for p in self.parameters}
+        self.groups = [(group, [p for p in group["params"] if id(p) in wanted]) for group in self.whole.param_groups]
 
     def step(self, gradients: tuple[Tensor | None, ...]) -> None:
-        self.view.state = self.whole.state  # load_state_dict replaces it
-        self.view.param_groups = [{**group, "params": mine} for group, mine in self.groups]
+        groups = self.whole.param_groups
+        if len(groups) != len(self.groups) or any(a is not b for a, (b, _) in zip(groups, self.groups, strict=True)):
+            self._divide()  # after load_state_dict or add_param_group
+        self.view.state = self.whole.state
+        self.view.param_groups = [{**group, "params": mine} for group, mine in self.groups if mine]
         before = [p.grad for p in self.parameters]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -32,7 +32,7 @@ from graphlocal.errors import GraphLocalError, InputError, TraceError
 from graphlocal.normalize import normalize
 from graphlocal.opaque import insert_leaves, opaque_leaves
 from graphlocal.preserve import preserved, training_mode
-from graphlocal.selfcheck import BufferMismatch, self_check
+from graphlocal.selfcheck import BufferMismatch, StateMismatch, self_check
 
 DynamicDims = frozenset[tuple[int, int]]
 """Axes of the flat inputs whose size may differ from call to call, as (leaf, axis)."""
@@ -87,7 +87,7 @@ def _from_cache(model: nn.Module, arguments: Arguments, key: Hashable | None) ->
     module = kept.bind(model)
     try:
         self_check(model, module, arguments, out_spec)
-    except GraphLocalError:
+    except Exception:
         return None
     return TracedModel(module, arguments, out_spec, rung, (), dynamic, constants)
 
@@ -142,8 +142,8 @@ def _export_rung(model: nn.Module, arguments: Arguments, dynamic: DynamicDims, o
         raise _RungError(Failure(rung, stack[-1] if stack else "", error)) from error
     try:
         self_check(model, traced.module, arguments, traced.out_spec)
-    except GraphLocalError as error:
-        where = error.module if isinstance(error, BufferMismatch) else ""
+    except Exception as error:  # the exporter's fake tensors may have taken what the model doesn't
+        where = error.module if isinstance(error, (BufferMismatch, StateMismatch)) else ""
         raise _RungError(Failure(rung, where, error)) from error
     return traced
 

@@ -53,7 +53,7 @@ def readers_of(operations: Sequence[Operation]) -> dict[str, list[str]]:
 
 def complete(graph: LocalGraph, operations: Sequence[Operation], given: Labels) -> Labels:
     """Give every operation a box, by the four cases of the module's docstring."""
-    members = {op.name for op in operations}
+    members = {op.name: op for op in operations}
     found = dict(given)
     by_module = {op.module: op for op in operations if is_parametric(graph, op)}
     for op in operations:  # case 1, and a buffer's update goes with its module's operation
@@ -67,7 +67,7 @@ def complete(graph: LocalGraph, operations: Sequence[Operation], given: Labels) 
     readers = readers_of(operations)
     for op in operations:  # case 2
         if op.name not in found and (op.pointwise or _COMBINES.match(op.target)) and op.name not in trailing:
-            _join_producer(op, found, position)
+            _join_producer(op, found, position, members)
     for op in reversed(operations):  # case 3
         if op.name not in found and op.name not in trailing:
             boxes = {found.get(reader) for reader in readers.get(op.name, ())}
@@ -78,7 +78,7 @@ def complete(graph: LocalGraph, operations: Sequence[Operation], given: Labels) 
         if op.name not in found:
             if op.name in trailing:
                 found[op.name] = TAIL
-            elif not _join_producer(op, found, position):
+            elif not _join_producer(op, found, position, members):
                 found[op.name] = PRELUDE
     _join_groups(operations, found)
     return {name: box for name, box in found.items() if name in members}
@@ -89,10 +89,18 @@ def _box_name(op: Operation, taken: Iterable[str]) -> str:
     return name if name not in set(taken) else f"{name}:{op.name}"
 
 
-def _join_producer(op: Operation, found: Labels, position: dict[str, int]) -> bool:
-    producers = [source for source in op.inputs if source in found and found[source] != PRELUDE]
-    if not producers:
+def _join_producer(op: Operation, found: Labels, position: dict[str, int], members: dict[str, Operation]) -> bool:
+    """Join the box of the latest input; an input that is in no box yet counts as those that it is made of."""
+    if all(found.get(source, PRELUDE) == PRELUDE for source in op.inputs):
         return False
+    producers, pending, seen = [], list(op.inputs), set[str]()
+    while pending:
+        source = pending.pop()
+        if source in found:
+            producers += [source] if found[source] != PRELUDE else []
+        elif source in members and source not in seen:
+            seen.add(source)
+            pending += members[source].inputs
     found[op.name] = found[max(producers, key=position.__getitem__)]
     return True
 

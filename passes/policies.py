@@ -15,6 +15,7 @@ from graphlocal.passes.order import boxes_in_order
 Policy = str | int | Sequence[str] | Callable[[Operation], str | None]
 
 POLICIES = ("auto", "leaf")
+_REMEDY = 'use "auto", "leaf", a number of segments, a list of globs of module paths, or a callable'
 
 
 def labels(graph: LocalGraph, policy: Policy) -> Labels:
@@ -29,15 +30,18 @@ def labels(graph: LocalGraph, policy: Policy) -> Labels:
     if policy == "leaf":
         return complete(graph, operations, {})
     if isinstance(policy, str):
-        raise InputError(
-            f"unknown partition {policy!r}: {nearest(policy, POLICIES)}",
-            remedy='use "auto", "leaf", a number of segments, a list of globs of module paths, or a callable',
-        )
-    if isinstance(policy, int):
+        raise InputError(f"unknown partition {policy!r}: {nearest(policy, POLICIES)}", remedy=_REMEDY)
+    if isinstance(policy, int) and not isinstance(policy, bool):
         return _segments(graph, policy)
     if callable(policy):
         chosen = {op.name: policy(op) for op in operations}
+        for op, box in chosen.items():
+            if not (box is None or isinstance(box, str)):
+                message = f"partition gives operation {op!r} the box {box!r}, a {type(box).__name__}"
+                raise InputError(message, remedy="return the name of a box, or None to leave the operation open")
         return complete(graph, operations, {name: box for name, box in chosen.items() if box is not None})
+    if not isinstance(policy, Sequence) or not policy or not all(isinstance(glob, str) for glob in policy):
+        raise InputError(f"partition is {policy!r}", remedy=_REMEDY)
     return complete(graph, operations, _globs(graph, policy))
 
 

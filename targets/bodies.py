@@ -5,7 +5,8 @@ Every piece is an `nn.Module` so that it can be called from a `torch.fx` graph; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +160,19 @@ class FeedbackUpdate(nn.Module):
         return tuple(self.error.rule.project(update) for update in updates)
 
 
+@contextmanager
+def hooks_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the user's hooks on parameters for the gradient that `loss.backward()` hands out: once, and whole."""
+    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
+
+
 @dataclass(frozen=True)
 class UpdateShape:
     """How many values `Update` takes of each kind: outputs (and as many errors), parameters, inputs."""
@@ -190,7 +204,9 @@ class Update(nn.Module):
         if not pairs or not asked:
             return tuple(result)
         outputs, errors = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, [wanted[i] for i in asked], errors, allow_unused=True, retain_graph=retain)
+        sought = [wanted[i] for i in asked]
+        with hooks_aside(sought):
+            found = torch.autograd.grad(outputs, sought, errors, allow_unused=True, retain_graph=retain)
         for i, gradient in zip(asked, found, strict=True):
             project = self.projects and i < shape.parameters and gradient is not None
             result[i] = self.rule.project(gradient) if project else gradient

@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"compiler"}),
     frozenset({"runtime"}),
     frozenset({"compile"}),
-    frozenset({"alignment", "check", "partition", "step"}),
+    frozenset({"alignment", "check", "partition", "recalibrate", "step"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names
     frozenset({"cli", "demo"}),
     frozenset({"__main__"}),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -44,6 +44,12 @@ class Rule(ABC):
     name: ClassVar[str]
     depth: int = 1
     feedback: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        """The rule's class with the options that differ from its defaults."""
+        given = fields(self) if is_dataclass(self) else ()
+        changed = (f for f in given if f.default is MISSING or getattr(self, f.name) != f.default)
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
     @property
     def feeds(self) -> Literal["preactivation", "representation"]:
