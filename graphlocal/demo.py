@@ -76,8 +76,8 @@ class Trial:
 
 
 TRIALS = (
-    Trial("MLP 64-128-128-10", digits_mlp, RecLRA(), "auto", 1e-3, 15),
-    Trial("small ResNet", SmallResNet, RecLRA(), "auto", 1e-3, 5),
+    Trial("MLP 64-128-128-10", digits_mlp, RecLRA(), "auto", 1e-3, 20),
+    Trial("small ResNet", SmallResNet, RecLRA(), "auto", 1e-3, 10),
 )
 BATCH_SIZE = 32
 
@@ -167,7 +167,7 @@ def draw(results: list[Result], path: Path) -> None:
         for (name, history), style in zip(result.histories.items(), ("o--", "s-"), strict=True):
             epochs = range(1, len(history.test_error) + 1)
             seconds = statistics.median(history.seconds)
-            axes.plot(epochs, history.test_error, style, markersize=4, label=f"{name} ({seconds:.1f} s an epoch)")
+            axes.plot(epochs, history.test_error, style, markersize=4, label=f"{name} ({1000 * seconds:.0f} ms an epoch)")
         axes.set(title=result.trial.title, xlabel="epoch", ylabel="test error (%)", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")

@@ -72,13 +72,14 @@ def layout(graph: LocalGraph, connection: Connection) -> Layout:
 def _match(
     source: tuple[Dim, ...], source_axis: int, target: tuple[Dim, ...], target_axis: int
 ) -> tuple[tuple[int, int], ...]:
+    alike = len(source) == len(target) and source_axis == target_axis  # then height goes with height alone
     pairs: list[tuple[int, int]] = []
     start = 0
     for i, size in enumerate(source):
         if i == source_axis or size == 1:
             continue
         for k in range(start, len(target)):
-            if k != target_axis and target[k] == size:
+            if k != target_axis and target[k] == size and (k == i or not alike or isinstance(size, str)):
                 pairs.append((i, k))
                 start = k + 1
                 break

@@ -287,6 +287,6 @@ def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], norms: d
     raise LocalTrainingError(
         f"the local error of subgraph {subgraph.name!r} is not a number",
         where=compiled.graph.operation[subgraph.operations[0]].source,
-        why=f"its update of {sorted(bad.intersection(subgraph.states))[0]} holds NaN",
+        why=f"its update of {next(name for name in subgraph.states if name in bad)} holds NaN",
         remedy="lower the learning rate or beta (set local.check_finite = False to go on)",
     )

@@ -53,11 +53,15 @@ class RecLRA(Rule):
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise InputError(f"RecLRA({field}={getattr(self, field)!r})", remedy=f"use one of {allowed}")
-        if self.depth < 1 or self.beta <= 0 or (self.reprojection is not None and self.reprojection <= 0):
-            raise InputError(
-                f"RecLRA(depth={self.depth}, beta={self.beta}, reprojection={self.reprojection})",
-                why="depth must be at least 1, beta and reprojection above 0",
-            )
+        for field in ("depth", "max_source_features"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"RecLRA({field}={value!r})", why="it is a number of levels or features, 1 or more")
+        for field in ("beta", "gamma", "reprojection", "feedback_share", "feedback_total"):
+            value = getattr(self, field)
+            optional = field == "reprojection" and value is None
+            if not optional and not (isinstance(value, (int, float)) and value > 0):
+                raise InputError(f"RecLRA({field}={value!r})", why="it must be a number above 0")
 
     @property
     def feeds(self) -> Literal["preactivation", "representation"]:
