@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ TASKS = (
 def network(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Module:
     """Linear layers with an activation after each but the last."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Linear(before, after), *([activation()] if i < len(widths) - 2 else [])]
     return nn.Sequential(*layers)
 

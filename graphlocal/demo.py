@@ -166,8 +166,8 @@ def draw(results: list[Result], path: Path) -> None:
         axes = figure.add_subplot(1, len(results), i + 1)
         for (name, history), style in zip(result.histories.items(), ("o--", "s-"), strict=True):
             epochs = range(1, len(history.test_error) + 1)
-            seconds = statistics.median(history.seconds)
-            axes.plot(epochs, history.test_error, style, markersize=4, label=f"{name} ({1000 * seconds:.0f} ms an epoch)")
+            label = f"{name} ({1000 * statistics.median(history.seconds):.0f} ms an epoch)"
+            axes.plot(epochs, history.test_error, style, markersize=4, label=label)
         axes.set(title=result.trial.title, xlabel="epoch", ylabel="test error (%)", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")

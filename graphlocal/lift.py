@@ -187,11 +187,17 @@ def _module_path(node: fx.Node) -> str:
 
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
+_FOLDER = str(Path(__file__).parent)
 
 
 def _source(node: fx.Node) -> str:
-    """`package/file.py:12`: the innermost line of the user's code, or of torch's if there is none."""
+    """`package/file.py:12`: the innermost line of the user's code, or of torch's if there is none.
+
+    Where the model is traced from within a training loop, the frames up to our own are that loop's.
+    """
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    ours = [i for i, frame in enumerate(frames) if frame[0].startswith(_FOLDER)]
+    frames = frames[ours[-1] + 1 :] if ours else frames
     own = [frame for frame in frames if not frame[0].startswith(_TORCH_FOLDER)]
     if not (own or frames):
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,8 @@ def _compare_second_calls(
 ) -> None:
     """Compare once more after a call whose Python attributes are not restored, as a user's own calls are not."""
     found = []
-    for run in (lambda x: model(*x.args, **x.kwargs), lambda x: module(*x.leaves)):
+    runs: tuple[Callable[[Arguments], Any], ...] = (lambda x: model(*x.args, **x.kwargs), lambda x: module(*x.leaves))
+    for run in runs:
         with preserved(model), torch.no_grad():
             values = [buffer.clone() for buffer in model.buffers()]
             for _ in range(2):

@@ -77,7 +77,7 @@ def test_update_of_a_map_is_the_cotangent_times_the_error(case):
     connection = feedback(graph, target)
     error = drawn(graph.type(connection.source_value).shape)
     cotangent = drawn(graph.type(connection.value).shape)
-    (e, *free), z = formula.partition("->")[0].split(",")[1:], formula.partition("->")[2]
+    e, z = formula.partition("->")[0].split(",")[1], formula.partition("->")[2]
     expected = torch.einsum(f"{z},{e}->fk", cotangent, error)
     weight = torch.randn(connection.weight, dtype=DOUBLE)
     (found,) = cotangent_update(layout(graph, connection), [weight], error, cotangent)
@@ -163,7 +163,7 @@ def test_the_error_of_a_block_is_the_difference_to_its_target(name, derivative):
             scale = d.square().mean().sqrt()
             target = phi(graph, connection.value)(h - rule.beta * d / scale)
             e = (scale * (z - target) / batch).detach()
-            parameters = [name for name in graph.trainable(graph.subgraph[connection.target])]
+            parameters = list(graph.trainable(graph.subgraph[connection.target]))
             wanted = [local.original.get_parameter(name) for name in parameters]
             start = z if derivative else h
             found = torch.autograd.grad(start, wanted, e, allow_unused=True, retain_graph=True)

@@ -201,9 +201,7 @@ def test_kp_turns_error_weights_towards_the_forward_weights():
 @pytest.mark.parametrize("options", [{}, {"derivative": True}, {"error_weights": "kp"}, {"depth": 2}], ids=str)
 def test_updates_are_proportional_to_the_scale_of_the_loss(name, options):
     model = zoo.MODELS[name]
-    local = graphlocal.compile(
-        model.make(DOUBLE), example_inputs=model.example(DOUBLE), rule=RecLRA(**options)
-    )
+    local = graphlocal.compile(model.make(DOUBLE), example_inputs=model.example(DOUBLE), rule=RecLRA(**options))
     found = []
     for scale in (1, 1000):
         local.zero_grad()

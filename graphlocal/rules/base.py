@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import ClassVar, Literal
+from dataclasses import Field, dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,9 +47,9 @@ class Rule(ABC):
 
     def __str__(self) -> str:
         """The rule's class with the options that differ from its defaults."""
-        given = fields(self) if is_dataclass(self) else ()
-        changed = (f for f in given if f.default is MISSING or getattr(self, f.name) != f.default)
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+        options: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        changed = [option for option in options if getattr(self, option.name) != option.default]
+        return f"{type(self).__name__}({', '.join(f'{o.name}={getattr(self, o.name)!r}' for o in changed)})"
 
     @property
     def feeds(self) -> Literal["preactivation", "representation"]:
