@@ -13,13 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphlocal.arguments import Arguments, Binder, ExampleInputs
 from graphlocal.compiler import Options, passes
-from graphlocal.errors import GraphLocalError
+from graphlocal.errors import GraphLocalError, InputError
+from graphlocal.guards import is_guard
 from graphlocal.ir import LocalGraph
 from graphlocal.lift import lift
 from graphlocal.passes.partition import Partition
 from graphlocal.passes.policies import Policy
 from graphlocal.pipeline import run
 from graphlocal.rules import Rule, find
+from graphlocal.runtime import LocalModule
 from graphlocal.trace import TracedModel, trace
 
 Severity = Literal["error", "warning", "note"]
@@ -65,7 +67,14 @@ def check(
     rule: str | Rule = "rec-lra",
     partition: Policy = "auto",
 ) -> Report:
-    """List every obstacle to compiling a model, each with its place and a remedy; the model is left as it was."""
+    """List every obstacle to compiling a model, each with its place and a remedy; the model is left as it was.
+
+    Raises InputError for what is no model, or is compiled already.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}", remedy="pass a torch.nn.Module")
+    if isinstance(model, LocalModule):
+        raise InputError("the model is compiled already", remedy="pass local.original to check it")
     findings = list(_about_modules(model))
     graph: LocalGraph | None = None
     try:
@@ -115,6 +124,13 @@ def _about_trace(traced: TracedModel, arguments: Arguments) -> Iterator[Finding]
         yield Finding(
             "warning", "runs as an opaque leaf: one subgraph, with autograd inside", path,
             "no tracer sees through its control flow", "make it independent of the data, if it should be divided",
+        )  # fmt: skip
+    guards = [node for node in traced.module.graph.nodes if is_guard(node)]
+    if guards:
+        yield Finding(
+            "warning", f"control flow depends on the data: one path was recorded, with {len(guards)} guards",
+            source_line(guards[0]), "the model's own forward branches, so no submodule can run as an opaque leaf",
+            "put the branch into a submodule, or use torch.where; each new path is compiled anew, which takes seconds",
         )  # fmt: skip
     if traced.rung != "export":
         yield Finding(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +139,10 @@ def demo(
     seed: int = 0,
     epochs: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Train a small ResNet and an MLP on the digits, local learning beside backpropagation (about a minute)."""
+    """Train a small ResNet and an MLP on the digits, local learning beside backpropagation (about a minute).
+
+    Example: graphlocal demo --out pictures
+    """
     from graphlocal.demo import run
 
     run(out, console, seed, epochs)
@@ -185,20 +188,21 @@ def _history_table(histories: dict[str, History]) -> Table:
 
 
 def _write(path: Path, content: bytes) -> None:
-    _write_with(path, lambda temporary: Path(temporary).write_bytes(content))
+    _write_with(path, lambda temporary: temporary.write_bytes(content))
 
 
 def _write_with(path: Path, write: Any) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    """Write a file whole or not at all. Raises InputError where it can't be written."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise InputError(f"{path} can't be written", why=str(error)) from error
+    finally:
+        with contextlib.suppress(OSError):  # gone, if all went well
+            temporary.unlink()
 
 
 def main() -> None:
@@ -206,6 +210,8 @@ def main() -> None:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except GraphLocalError as error:
         errors.print(f"error: {error}", markup=False)
         raise SystemExit(1) from None

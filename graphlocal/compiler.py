@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import Arguments
 from graphlocal.errors import InputError
+from graphlocal.guards import has_guards
 from graphlocal.ir import LocalGraph
 from graphlocal.lift import lift
 from graphlocal.passes.error_neurons import InsertErrorNeurons
@@ -92,6 +93,11 @@ class Compiled:
                 return set()
         sizes -= self.symbolic
         return sizes or None
+
+    @cached_property
+    def guarded(self) -> bool:
+        """True if the graph holds for the data only that take the recorded path."""
+        return has_guards(self.traced.module)
 
     @cached_property
     def symbolic(self) -> frozenset[tuple[int, int]]:

@@ -72,7 +72,8 @@ class Operation:
     type: of its result; None for a result that is not one tensor (a tuple, an integer).
     module: path of the module that it ran in, with `@k` after a module's (k+1)-th call.
     source: `file:line` of the user's code.
-    effects: `"random"` if it draws random numbers, `"writes NAME"` for each state that it changes.
+    effects: `"random"` if it draws random numbers, `"writes NAME"` for each state that it changes, `"guard"`
+    if it only checks that the data take the recorded path.
     pointwise: True if it is an elementwise function of one tensor input, without states or effects.
     group: operations with the same non-empty group must stay in one subgraph.
     """
@@ -298,7 +299,7 @@ class LocalGraph:
                 if last_random is not None:
                     yield last_random, op.name
                 last_random = op.name
-            written = {effect.removeprefix("writes ") for effect in op.effects if effect != "random"}
+            written = {effect.removeprefix("writes ") for effect in op.effects if effect.startswith("writes ")}
             for state in sorted({*op.states, *written}):
                 if state in last_write:
                     yield last_write[state], op.name

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from graphlocal.guards import is_guard
 from graphlocal.ir import Dim, Input, LocalGraph, Operation, State, TensorType
 from graphlocal.normalize import GROUP, is_random, written_states
 from graphlocal.opaque import OpaqueLeaf
@@ -80,6 +81,7 @@ class _Lifter:
             target = _target_name(node.target)
         effects = [
             *(["random"] if is_random(node) else []),
+            *(["guard"] if is_guard(node) else []),
             *(f"writes {name}" for name in dict.fromkeys(writes)),
         ]
         result = self.type_of(node.meta.get("val"))
@@ -90,7 +92,7 @@ class _Lifter:
             states=tuple(states),
             type=result,
             module=_module_path(node),
-            source=_source(node),
+            source=source_line(node),
             effects=tuple(effects),
             pointwise=_is_pointwise(node, target, states, effects),
             group=node.meta.get(GROUP, ""),
@@ -190,7 +192,7 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _FOLDER = str(Path(__file__).parent)
 
 
-def _source(node: fx.Node) -> str:
+def source_line(node: fx.Node) -> str:
     """`package/file.py:12`: the innermost line of the user's code, or of torch's if there is none.
 
     Where the model is traced from within a training loop, the frames up to our own are that loop's.

@@ -30,17 +30,28 @@ def load_model(name: str, settings: Sequence[str]) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         made_by: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"the module {module_name!r} can't be imported", why=str(error)) from error
+    except Exception as error:  # whatever the module does when imported
+        raise InputError(f"the module {module_name!r} can't be imported", why=_why(error)) from error
     for part in attribute.split("."):
         if not hasattr(made_by, part):
             near = nearest(part, [n for n in dir(made_by) if not n.startswith("_")])
             raise InputError(f"{module_name} has no {part!r}: {near}")
         made_by = getattr(made_by, part)
-    model = made_by if isinstance(made_by, nn.Module) else made_by(**dict(map(_setting, settings)))
+    arguments = dict(map(_setting, settings))
+    try:
+        model = made_by if isinstance(made_by, nn.Module) else made_by(**arguments)
+    except Exception as error:  # whatever the callable does
+        raise InputError(
+            f"{name} makes no model from {', '.join(settings) or 'no settings'}", why=_why(error),
+            remedy="give the arguments that it takes, each as --set key=value",
+        ) from error  # fmt: skip
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} gives a {type(model).__name__}", remedy="name a callable that returns a Module")
     return model
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _setting(text: str) -> tuple[str, Any]:

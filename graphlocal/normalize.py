@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from graphlocal.guards import is_guard
+
 GROUP = "graphlocal_group"
 """Key in a node's meta: the nodes with an equal value must stay together."""
 
@@ -197,8 +199,8 @@ def _group_tuples(graph: fx.Graph) -> None:
 
 
 def _drop_dead(graph: fx.Graph) -> None:
-    """Erase what nobody reads, but for random draws (they move the generator) and writes."""
+    """Erase what nobody reads, but for random draws (they move the generator), writes and guards."""
     for node in reversed(list(graph.nodes)):
-        kept = node.op in ("placeholder", "output") or _writes(node) or written_states(node) or is_random(node)
-        if not node.users and not kept:
+        kept = node.op in ("placeholder", "output") or _writes(node) or written_states(node)
+        if not (node.users or kept or is_random(node) or is_guard(node)):
             graph.erase_node(node)

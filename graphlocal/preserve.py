@@ -48,6 +48,23 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def undone_on(error: type[Exception], model: nn.Module) -> Iterator[None]:
+    """If the block raises `error`, give the buffers and torch's generators the values from before it."""
+    with torch.no_grad():
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    except error:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(cuda)
+        raise
+
+
+@contextmanager
 def preserved_random_state() -> Iterator[None]:
     """Restore Python's, numpy's and torch's random state (every CUDA device included) on leaving."""
     state, numpy_state = random.getstate(), numpy.random.get_state()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from graphlocal.arguments import Arguments, Binder, ExampleInputs
 from graphlocal.compiler import COMPUTED, Compiled, Options, build
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.ir import LocalGraph
+from graphlocal.preserve import undone_on
 
 MANY_RECOMPILATIONS = 8
 
@@ -86,28 +88,44 @@ class LocalModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled() and self._learns()):
             return self.original(*args, **kwargs)
-        leaves, compiled = self._prepare(args, kwargs)
-        step = LocalStep(self, compiled)
-        flat = step.forward(leaves)
-        return self._unflatten(compiled, flat)
-
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Compiled]:
-        """The flat inputs of a call, and a compilation that fits it."""
         leaves, spec = self._binder.flatten(args, kwargs)
+        compiled, outputs, saved = self._forward_pass(leaves, spec, fused=False)
+        step = LocalStep(self, compiled, leaves, saved)
+        return self._unflatten(compiled, step.attach(outputs))
+
+    def _forward_pass(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Any, Any]:
+        """Run all subgraphs: the compilation that fits the call and its data, the outputs, what was saved."""
         if [_children(module) for module in self._watched] != self._structure:
             self._cache.clear()  # a layer was replaced
             self._watch()
+        for compiled in self._fitting(leaves, spec):
+            first_pass = (compiled.fused_passes if fused else compiled.passes)[0]
+            if not compiled.guarded:
+                return compiled, *first_pass(*leaves)
+            with suppress(GuardFailure), undone_on(GuardFailure, self.original):
+                return compiled, *first_pass(*leaves)
+        raise LocalTrainingError(
+            f"{self.compiled.graph.name} takes another path through its forward than when it was recorded just before",
+            why="its control flow depends on more than the inputs, parameters, buffers and torch's random numbers",
+            remedy="put the deciding part into a submodule of its own, which then runs as an opaque leaf",
+        )
+
+    def _fitting(self, leaves: list[Any], spec: pytree.TreeSpec) -> Iterator[Compiled]:
+        """The compilations for calls like this one, the last used first; at last a new one."""
         state = self._state()
         dynamic: set[tuple[int, int]] = set()
-        for i, (compiled_state, compiled) in enumerate(self._cache):
+        for entry in list(self._cache):
+            compiled_state, compiled = entry
             if compiled_state == state:
                 sizes = compiled.mismatch(leaves, spec)
                 if sizes is None:
-                    if i:
-                        self._cache.insert(0, self._cache.pop(i))
-                    return leaves, compiled
-                dynamic |= sizes | compiled.traced.dynamic if sizes else set()
-        return leaves, self._recompile(leaves, spec, dynamic)
+                    if entry is not self._cache[0]:
+                        self._cache.remove(entry)
+                        self._cache.insert(0, entry)
+                    yield compiled
+                else:
+                    dynamic |= sizes | compiled.traced.dynamic if sizes else set()
+        yield self._recompile(leaves, spec, dynamic)
 
     def _learns(self) -> bool:
         return any(parameter.requires_grad for parameter in self.original.parameters())
@@ -175,38 +193,28 @@ def _children(module: nn.Module) -> tuple[int, ...]:
 
 
 class LocalStep:
-    """One forward pass and the error pass that answers it."""
+    """The error pass that answers one forward pass."""
 
-    def __init__(self, local: LocalModule, compiled: Compiled) -> None:
+    def __init__(self, local: LocalModule, compiled: Compiled, leaves: list[Any], saved: list[Any]) -> None:
         self.local, self.compiled = local, compiled
-        self.saved: list[Any] | None = None
-
-    def forward(self, leaves: list[Any]) -> list[Any]:
-        """Run all subgraphs; the differentiable outputs come with the local updates as their `grad_fn`."""
-        compiled, local = self.compiled, self.local
-        try:
-            outputs, self.saved = compiled.passes[0](*leaves)
-        except GuardFailure:
-            return self._again(leaves)
-        _refuse_lost_input_gradients(compiled, leaves)
+        self.saved: list[Any] | None = saved
         self.inputs = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if self.inputs:
+            _refuse_lost_input_gradients(compiled, leaves)
         parameters = dict(local.original.named_parameters())
-        targets = [
+        self.targets = [
             *(parameters[name] for name in compiled.training.weights),
             *(local.get_parameter(name) for name in compiled.training.feedback),
             *(leaves[i] for i in self.inputs),
         ]
-        self.outputs = outputs
-        attached = iter(_LocalUpdates.apply(self, *targets))  # type: ignore[no-untyped-call]
-        return [
-            next(attached) if taken else value for value, taken in zip(outputs, compiled.differentiable, strict=True)
-        ]
 
-    def _again(self, leaves: list[Any]) -> list[Any]:
-        """The data took another path than the recorded one: record that path, and run it."""
-        spec = self.compiled.traced.arguments.spec
-        self.compiled = self.local._recompile(leaves, spec, set())
-        return self.forward(leaves)
+    def attach(self, outputs: list[Any]) -> list[Any]:
+        """The differentiable outputs come with the local updates as their `grad_fn`."""
+        self.outputs = outputs
+        attached = iter(_LocalUpdates.apply(self, *self.targets))  # type: ignore[no-untyped-call]
+        del self.targets
+        taken = zip(outputs, self.compiled.differentiable, strict=True)
+        return [next(attached) if differentiable else value for value, differentiable in taken]
 
     def backward(self, errors: Sequence[Tensor | None], retain: bool) -> list[Tensor | None]:
         """The gradients of the parameters, of the learned feedback maps, and of the inputs that want one."""

@@ -14,7 +14,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import Arguments
-from graphlocal.errors import TraceError
+from graphlocal.errors import GuardFailure, TraceError
+from graphlocal.guards import has_guards
 from graphlocal.normalize import is_random
 from graphlocal.opaque import OpaqueLeaf
 from graphlocal.preserve import preserved
@@ -73,6 +74,9 @@ def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, o
 
     Raises TraceError (BufferMismatch for a buffer, StateMismatch for a Python attribute) that says what differs.
     """
+    if has_guards(module):
+        _check_recording(model, module, arguments, out_spec)
+        return
     arguments = _two_rows(model, module, arguments) or arguments
     draws = any(is_random(node) for node in module.graph.nodes)
     traced: _Run | None = None
@@ -88,13 +92,27 @@ def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, o
         _compare_second_calls(model, module, arguments, suspects)
 
 
-def _compare(eager: _Run, traced: _Run, out_spec: pytree.TreeSpec, seed: int) -> None:
+def _check_recording(model: nn.Module, module: fx.GraphModule, arguments: Arguments, out_spec: pytree.TreeSpec) -> None:
+    """Compare in the random state of the recording, then under the seeds and on other data where the guards hold."""
+    reordered = arguments.map(lambda x: x.roll(1, 0) if x.dim() > 0 else x)
+    for given, seed in ((arguments, None), *((arguments, seed) for seed in SEEDS), (reordered, None)):
+        try:
+            traced = _run(model, given, seed, True, module)
+        except GuardFailure:
+            if given is arguments and seed is None:
+                raise
+            continue
+        _compare(_run(model, given, seed, True, None), traced, out_spec, seed)
+
+
+def _compare(eager: _Run, traced: _Run, out_spec: pytree.TreeSpec, seed: int | None) -> None:
     if eager.spec != out_spec:
         raise TraceError("the traced graph returns another structure than the model", remedy=_REMEDY)
     for i, (a, b) in enumerate(zip(eager.outputs, traced.outputs, strict=True)):
         if not _same(a, b):
             raise TraceError(
-                f"output {i} of the traced graph differs from the eager model's (seed {seed})",
+                f"output {i} of the traced graph differs from the eager model's"
+                + (f" (seed {seed})" if seed is not None else ""),
                 why="forward depends on something that the tracer fixed, such as Python's random module",
                 remedy=_REMEDY,
             )
@@ -160,11 +178,12 @@ def _two_rows(model: nn.Module, module: fx.GraphModule, arguments: Arguments) ->
 
 
 def _run(
-    model: nn.Module, arguments: Arguments, seed: int, with_gradients: bool, module: fx.GraphModule | None
+    model: nn.Module, arguments: Arguments, seed: int | None, with_gradients: bool, module: fx.GraphModule | None
 ) -> _Run:
     inputs = arguments.map(torch.clone)
     with preserved(model), torch.set_grad_enabled(with_gradients):
-        _seed(seed)
+        if seed is not None:
+            _seed(seed)
         before = _attributes(model)
         result = module(*inputs.leaves) if module is not None else model(*inputs.args, **inputs.kwargs)
         outputs, spec = pytree.tree_flatten(result)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
-from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
+from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.runtime import LocalModule, require_finite, update_norms
 
 ERROR_WEIGHTS = "error_weights."
@@ -60,15 +60,9 @@ class TrainStep:
             raise InputError("the model is in evaluation mode", remedy="call local.train() before training")
         args, kwargs = call_of(x, "x")
         with torch.enable_grad():
-            leaves, compiled = self.local._prepare(args, kwargs)
+            leaves, spec = self.local._binder.flatten(args, kwargs)
             leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            forward, error_pass = compiled.fused_passes
-            try:
-                outputs, saved = forward(*leaves)
-            except GuardFailure:
-                compiled = self.local._recompile(leaves, compiled.traced.arguments.spec, set())
-                forward, error_pass = compiled.fused_passes
-                outputs, saved = forward(*leaves)
+            compiled, outputs, saved = self.local._forward_pass(leaves, spec, fused=True)
             loss, errors = self._loss(compiled, outputs, y)
         norms: dict[str, Tensor] = {}
 
@@ -78,7 +72,7 @@ class TrainStep:
             self._apply(compiled, names, gradients)
 
         with torch.no_grad():
-            error_pass(saved, errors, apply, False)
+            compiled.fused_passes[1](saved, errors, apply, False)
             require_finite(compiled, errors, norms)
         return loss
 

@@ -29,9 +29,11 @@ from torch.utils import _pytree as pytree
 from graphlocal import cache
 from graphlocal.arguments import Arguments
 from graphlocal.errors import GraphLocalError, InputError, TraceError
+from graphlocal.guards import has_guards
 from graphlocal.normalize import normalize
 from graphlocal.opaque import insert_leaves, opaque_leaves
 from graphlocal.preserve import preserved, training_mode
+from graphlocal.record import record
 from graphlocal.selfcheck import BufferMismatch, StateMismatch, self_check
 
 DynamicDims = frozenset[tuple[int, int]]
@@ -73,8 +75,8 @@ def trace(model: nn.Module, arguments: Arguments, dynamic: DynamicDims | None = 
     with training_mode(model):
         key = cache.fingerprint(model, arguments, dynamic)
         traced = _from_cache(model, arguments, key) or _run_chain(model, arguments, dynamic)
-    details = (traced.out_spec, traced.rung, traced.dynamic, traced.constants)
-    cache.keep(key, traced.module, model, details)
+    if not has_guards(traced.module):
+        cache.keep(key, traced.module, model, (traced.out_spec, traced.rung, traced.dynamic, traced.constants))
     return traced
 
 
@@ -107,7 +109,10 @@ def _run_chain(model: nn.Module, arguments: Arguments, dynamic: DynamicDims) -> 
         if offender is None:
             break
         opaque = _without_children((*opaque, offender))
-    raise _refusal(model, failures)
+    try:
+        return _record_rung(model, arguments)
+    except _RungError as error:
+        raise _refusal(model, [*failures, error.failure]) from error
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,17 @@ def _export_rung(model: nn.Module, arguments: Arguments, dynamic: DynamicDims, o
     except Exception as error:  # the exporter's fake tensors may have taken what the model doesn't
         where = error.module if isinstance(error, (BufferMismatch, StateMismatch)) else ""
         raise _RungError(Failure(rung, where, error)) from error
+    return traced
+
+
+def _record_rung(model: nn.Module, arguments: Arguments) -> TracedModel:
+    try:
+        with _quiet():
+            module = record(model, arguments)
+        traced = _finish(model, module, arguments, frozenset(), "recording")
+        self_check(model, traced.module, arguments, traced.out_spec)
+    except Exception as error:
+        raise _RungError(Failure("recording", "", error)) from error
     return traced
 
 

@@ -80,7 +80,7 @@ def train(
 def error_rate(model: nn.Module, data: Dataset, batch_size: int = 500) -> float:
     """Test error in per cent, after recalibrating BatchNorm on training batches."""
     size = max(2, min(128, len(data.train_x) // ENOUGH))
-    recalibrate(model, (data.train_x[i * size : (i + 1) * size] for i in range(ENOUGH)))
+    recalibrate(model, [x for x in data.train_x[: ENOUGH * size].split(size) if len(x) > 1])
     model.eval()
     wrong = 0
     with torch.no_grad():

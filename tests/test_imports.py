@@ -23,10 +23,10 @@ FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphloca
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"arguments", "data", "ir", "preserve"}),
+    frozenset({"arguments", "data", "guards", "ir", "preserve"}),
     frozenset({"text", "verify"}),
     frozenset({"feedback", "nn", "normalize", "opaque", "selfcheck"}),
-    frozenset({"cache", "trace"}),
+    frozenset({"cache", "record", "trace"}),
     frozenset({"lift", "pipeline"}),
     frozenset({"rules"}),
     frozenset({"passes"}),
