@@ -100,13 +100,7 @@ class Binder:
 
         Raises InputError for inputs that do not fit the model's signature or hold no tensor.
         """
-        args, kwargs = self._canonical(*call_of(example_inputs, "example_inputs"))
-        paths, spec = pytree.tree_flatten_with_path((args, kwargs))
-        parameters = list(self.signature.parameters)
-        names = tuple(_leaf_name(path, parameters) for path, _ in paths)
-        leaves = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for _, x in paths)
-        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-        arguments = Arguments(args, kwargs, leaves, names, spec)
+        arguments = self.arguments(*self._canonical(*call_of(example_inputs, "example_inputs")))
         if not arguments.tensors:
             raise InputError("example_inputs hold no tensor", remedy="pass the tensors of one batch")
         batched = [x for x in arguments.tensors if x.dim() > 0]
@@ -117,6 +111,15 @@ class Binder:
                 remedy="pass a batch of 2 or more",
             )
         return arguments
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Canonical arguments with a name for each leaf; every tensor is copied."""
+        paths, spec = pytree.tree_flatten_with_path((args, kwargs))
+        parameters = list(self.signature.parameters)
+        names = tuple(_leaf_name(path, parameters) for path, _ in paths)
+        leaves = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for _, x in paths)
+        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+        return Arguments(args, kwargs, leaves, names, spec)
 
 
 def _leaf_name(path: tuple[Any, ...], parameters: list[str]) -> str:

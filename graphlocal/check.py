@@ -16,7 +16,7 @@ from graphlocal.compiler import Options, passes
 from graphlocal.errors import GraphLocalError, InputError
 from graphlocal.guards import is_guard
 from graphlocal.ir import LocalGraph
-from graphlocal.lift import lift
+from graphlocal.lift import lift, source_line
 from graphlocal.passes.partition import Partition
 from graphlocal.passes.policies import Policy
 from graphlocal.pipeline import run
@@ -128,7 +128,7 @@ def _about_trace(traced: TracedModel, arguments: Arguments) -> Iterator[Finding]
     guards = [node for node in traced.module.graph.nodes if is_guard(node)]
     if guards:
         yield Finding(
-            "warning", f"control flow depends on the data: one path was recorded, with {len(guards)} guards",
+            "warning", f"control flow depends on the data: one path was recorded (guards: {len(guards)})",
             source_line(guards[0]), "the model's own forward branches, so no submodule can run as an opaque leaf",
             "put the branch into a submodule, or use torch.where; each new path is compiled anew, which takes seconds",
         )  # fmt: skip
@@ -145,8 +145,10 @@ def _about_ends(graph: LocalGraph, model: nn.Module) -> Iterator[Finding]:
     read = {state.name for state in graph.states}
     if not trainable & read:
         yield Finding("error", "forward reads no trainable parameter", remedy="call requires_grad_(True)")
+    recorded = any("guard" in op.effects for op in graph.operations)
+    reader = "the recorded path" if recorded else "forward"
     for name in sorted(trainable - read):
-        yield Finding("note", f"forward never reads the parameter {name}; it gets no update", name)
+        yield Finding("note", f"{reader} never reads the parameter {name}; it gets no update", name)
     types = [graph.type(value) for value in graph.outputs]
     if not any(t is not None and t.is_float for t in types):
         yield Finding("error", "no output is a float tensor", "", "learning starts from the gradient of a loss",

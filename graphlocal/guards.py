@@ -23,6 +23,7 @@ def require_shape(tensor: Tensor, shape: Sequence[int]) -> None:
 
 
 def is_guard(node: fx.Node) -> bool:
+    """True for a check that the data take the recorded path."""
     return node.target in (require_value, require_shape)
 
 

@@ -225,6 +225,8 @@ def _flops(node: fx.Node, target: str, tensor: Any) -> int:
     )
     if not isinstance(node.target, torch._ops.OpOverload) or _NO_ARITHMETIC.search(target):
         return 0
+    if is_random(node):  # running it would move the generator
+        return elementwise
     if torch.Tag.pointwise in node.target.tags:
         return elementwise
     try:

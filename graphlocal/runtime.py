@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from graphlocal.arguments import Arguments, Binder, ExampleInputs
+from graphlocal.arguments import Binder, ExampleInputs
 from graphlocal.compiler import COMPUTED, Compiled, Options, build
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.ir import LocalGraph
@@ -138,10 +138,7 @@ class LocalModule(nn.Module):
         )  # fmt: skip
 
     def _recompile(self, leaves: list[Any], spec: pytree.TreeSpec, dynamic: set[tuple[int, int]]) -> Compiled:
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
-        names = tuple(f"input {i}" for i in range(len(leaves)))
-        copies = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in leaves)
-        arguments = Arguments(args, kwargs, copies, names, spec).with_leaves(copies)
+        arguments = self._binder.arguments(*pytree.tree_unflatten(leaves, spec))
         axes = {(i, 0) for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() > 0}
         compiled = build(self.original, arguments, self.options, self.error_weights, frozenset(axes | dynamic))
         self._recompilations += 1

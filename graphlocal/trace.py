@@ -135,9 +135,10 @@ def _export_rung(model: nn.Module, arguments: Arguments, dynamic: DynamicDims, o
     try:
         with preserved(model), _quiet():
             run = lambda: _run_once(model, arguments)  # noqa: E731
+            inputs = arguments.map(torch.clone)  # the exporter marks them, which the next attempt would see
             with opaque_leaves(model, opaque, run), _module_stack(model, stack):
                 program = torch.export.export(
-                    model, arguments.args, arguments.kwargs, strict=False,
+                    model, inputs.args, inputs.kwargs, strict=False,
                     dynamic_shapes=_dynamic_shapes(model, arguments, dynamic),
                 )  # fmt: skip
             module = program.module(check_guards=False)

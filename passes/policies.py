@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
+import itertools
 from collections.abc import Callable, Sequence
 
 from graphlocal.errors import InputError, PartitionError, nearest
@@ -63,6 +65,10 @@ def _globs(graph: LocalGraph, patterns: Sequence[str]) -> Labels:
     return {**module_boxes(graph, rest), **found}
 
 
+_SLACK = 0.25
+"""How much costlier than in the best balance the costliest of several segments may be, to cut fewer values."""
+
+
 def _segments(graph: LocalGraph, count: int) -> Labels:
     """`count` segments of consecutive boxes with about equal cost, cut where few tensors cross."""
     leaves = complete(graph, graph.operations, {})
@@ -87,7 +93,7 @@ def _segments(graph: LocalGraph, count: int) -> Labels:
 
 def _balanced_cuts(graph: LocalGraph, chain: list[str], order: dict[str, list[Operation]], leaves: Labels,
                    parametric: set[str], count: int) -> set[int]:  # fmt: skip
-    """Positions in the chain before which to cut: near equal cost, then where the fewest values cross."""
+    """Positions in the chain before which to cut: near the best balance, then where the fewest values cross."""
     costs = [1 + sum(op.flops for op in order[box]) for box in chain]
     rank = {box: i for i, box in enumerate(chain)}
     last_read = {
@@ -99,16 +105,48 @@ def _balanced_cuts(graph: LocalGraph, chain: list[str], order: dict[str, list[Op
     for source, last in last_read.items():
         for i in range(rank[leaves[source]] + 1, last + 1):
             crossing[i] += 1
-    total, done = sum(costs), [sum(costs[:i]) for i in range(len(chain))]
-    candidates = [i for i, box in enumerate(chain) if i > 0 and box in parametric]
+    done = [0, *itertools.accumulate(costs)]
     first = next(i for i, box in enumerate(chain) if box in parametric)
-    candidates = [i for i in candidates if i > first]
-    cuts: list[int] = []
-    for k in range(1, count):
-        left = candidates[len(cuts) :] if not cuts else [i for i in candidates if i > cuts[-1]]
-        left = left[: len(left) - (count - 1 - k)] or left
-        goal = k * total / count
-        window = total / count / 4
-        near = [i for i in left if abs(done[i] - goal) <= window] or [min(left, key=lambda i: abs(done[i] - goal))]
-        cuts.append(min(near, key=lambda i: (crossing[i], abs(done[i] - goal))))
-    return set(cuts)
+    allowed = [i for i, box in enumerate(chain) if i > first and box in parametric]
+    limit = (1 + _SLACK) * _least_maximum(done, allowed, count)
+    return _fewest_crossings(done, allowed, crossing, count, limit)
+
+
+def _least_maximum(done: list[int], allowed: list[int], count: int) -> int:
+    """The cost of the costliest segment in the best cut of a chain into `count`; done: cumulated costs."""
+    ends = [*allowed, len(done) - 1]
+
+    def possible(limit: int) -> bool:
+        segments, start, previous = 1, 0, 0
+        for end in ends:
+            if done[end] - done[start] > limit:
+                if previous == start:
+                    return False
+                segments, start = segments + 1, previous
+                if done[end] - done[start] > limit:
+                    return False
+            previous = end
+        return segments <= count
+
+    return bisect.bisect_left(range(done[-1]), True, key=possible)
+
+
+def _fewest_crossings(done: list[int], allowed: list[int], crossing: list[int], count: int, limit: float) -> set[int]:
+    """The cuts that the fewest values cross, then the most equal ones, with no segment's cost above the limit."""
+    ways: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    for k in range(1, count + 1):
+        found = {}
+        starts = sorted(ways)
+        for end in allowed if k < count else [len(done) - 1]:
+            options = []
+            for start in reversed(starts[: bisect.bisect_left(starts, end)]):
+                cost = done[end] - done[start]
+                if cost > limit:
+                    break
+                crossed, spread, cuts = ways[start]
+                options.append((crossed + crossing[end], spread + cost**2, (*cuts, end)))
+            if options:
+                found[end] = min(options)
+        ways = found
+    (_, _, cuts), *_ = ways.values()
+    return set(cuts[:-1])

@@ -258,10 +258,10 @@ def test_segments_are_balanced_as_well_as_any_split_could_be(costs, count):
     assert largest(graph) <= best_split(costs, count)
 
 
-@pytest.mark.parametrize(("count", "factor"), [(2, 1.0), (3, 1.34), (4, 1.6)])
-def test_segments_of_any_chain_are_near_the_best_split_and_two_are_the_best(count, factor):
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_segments_of_any_chain_are_within_a_quarter_of_the_best_split(count):
     for costs in product((100, 200, 400), repeat=6):
-        assert largest(Partition(count).apply(chain(list(costs)))) <= factor * best_split(list(costs), count), costs
+        assert largest(Partition(count).apply(chain(list(costs)))) <= 1.25 * best_split(list(costs), count), costs
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

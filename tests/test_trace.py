@@ -83,7 +83,6 @@ def test_sizes_can_be_fixed():
     assert_same(found, model, X + 1)
 
 
-@pytest.mark.xfail(strict=True, reason="the failed first rung leaves its marks (Dim.AUTO) on the example inputs")
 def test_the_second_rung_takes_a_model_that_wants_fixed_sizes():
     assert traced(FixedSizes()).rung == "export with fixed sizes"
 

@@ -1,0 +1,5 @@
+"""`python -m graphlocal`: the command line."""
+
+from graphlocal.cli import main
+
+main()
