@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -25,6 +25,7 @@ from graphlocal.passes.skip_errors import InsertSkipErrors
 from graphlocal.pipeline import PassRecord, run
 from graphlocal.rules import Rule
 from graphlocal.targets.eager import emit, weight_names
+from graphlocal.targets.flat import flatten
 from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
 
@@ -64,6 +65,23 @@ class Compiled:
         """The same, handing every gradient over as soon as it is complete."""
         fused = emit(self.graph, self.traced, self.model, self.options.rule, self.error_weights, fused=True)
         return split(fused)
+
+    @cached_property
+    def run_passes(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """`passes`, as functions without overhead."""
+        forward, error = self.passes
+        return flatten(forward), flatten(error)
+
+    @cached_property
+    def run_fused_passes(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """`fused_passes`, as functions without overhead."""
+        forward, error = self.fused_passes
+        return flatten(forward), flatten(error)
+
+    @cached_property
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that the training graph updates, in its order."""
+        return tuple(self.model.get_parameter(name) for name in self.training.weights)
 
     @cached_property
     def output_template(self) -> tuple[Any, ...]:

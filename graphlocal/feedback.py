@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,21 +37,39 @@ class Layout:
         """
         if self.source_axis == self.source_rank:
             error = error.unsqueeze(-1)
-        error = error.to(factors[0].dtype).movedim(self.source_axis, -1)
-        kept = [_without(axis, self.source_axis) for axis, _ in self.shared]
-        summed = [axis for axis in range(error.dim() - 1) if axis not in kept]
-        if summed:
-            error = error.sum(summed)
+        error = error.to(factors[0].dtype)
+        if self.source_axis < self.source_rank - 1:
+            error = error.movedim(self.source_axis, -1)
+        if self._summed:
+            error = error.sum(self._summed)
         message = error
         for factor in reversed(factors):
-            message = message @ factor.mT
-        goal = target.unsqueeze(-1) if self.target_axis == self.target_rank else target
-        placed = {_without(axis, self.target_axis): i for i, (_, axis) in enumerate(self.shared)}
-        for axis in range(goal.dim() - 1):
-            if axis not in placed:
-                message = message.unsqueeze(axis)
-        message = message.movedim(-1, self.target_axis).expand(goal.shape).to(target.dtype)
-        return message.squeeze(-1) if self.target_axis == self.target_rank else message
+            message = torch.nn.functional.linear(message, factor)
+        implied = self.target_axis == self.target_rank
+        for axis in self._missing:
+            message = message.unsqueeze(axis)
+        if self.target_axis < self.target_rank - 1:
+            message = message.movedim(-1, self.target_axis)
+        if self._missing:
+            message = message.expand((*target.shape, 1) if implied else target.shape)
+        message = message.to(target.dtype)
+        return message.squeeze(-1) if implied else message
+
+    @cached_property
+    def _summed(self) -> list[int]:
+        """The source's positions that the target does not have, once its features are the last axis."""
+        kept = [_without(axis, self.source_axis) for axis, _ in self.shared]
+        return [axis for axis in range(self._full(self.source_rank, self.source_axis) - 1) if axis not in kept]
+
+    @cached_property
+    def _missing(self) -> list[int]:
+        """The target's positions that the source does not have, once its features are the last axis."""
+        kept = [_without(axis, self.target_axis) for _, axis in self.shared]
+        return [axis for axis in range(self._full(self.target_rank, self.target_axis) - 1) if axis not in kept]
+
+    @staticmethod
+    def _full(rank: int, axis: int) -> int:
+        return rank + (axis == rank)
 
 
 def _without(axis: int, removed: int) -> int:

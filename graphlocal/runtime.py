@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -99,7 +100,7 @@ class LocalModule(nn.Module):
             self._cache.clear()  # a layer was replaced
             self._watch()
         for compiled in self._fitting(leaves, spec):
-            first_pass = (compiled.fused_passes if fused else compiled.passes)[0]
+            first_pass = (compiled.run_fused_passes if fused else compiled.run_passes)[0]
             if not compiled.guarded:
                 return compiled, *first_pass(*leaves)
             with suppress(GuardFailure), undone_on(GuardFailure, self.original):
@@ -198,9 +199,8 @@ class LocalStep:
         self.inputs = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         if self.inputs:
             _refuse_lost_input_gradients(compiled, leaves)
-        parameters = dict(local.original.named_parameters())
         self.targets = [
-            *(parameters[name] for name in compiled.training.weights),
+            *compiled.weights,
             *(local.get_parameter(name) for name in compiled.training.feedback),
             *(leaves[i] for i in self.inputs),
         ]
@@ -222,7 +222,7 @@ class LocalStep:
             )
         given = iter(errors)
         aligned = tuple(next(given) if taken else None for taken in self.compiled.differentiable)
-        weights, feedback, inputs = self.compiled.passes[1](self.saved, aligned, retain)
+        weights, feedback, inputs = self.compiled.run_passes[1](self.saved, aligned, retain)
         if not retain:
             self.saved = None
         if self.local.check_finite:
@@ -275,8 +275,10 @@ def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], norms: d
 
     An infinite output error is let pass: a loss scaler makes it, looks for it, and skips the step.
     """
-    first = next(iter(norms.values()), None)
-    if first is None or not bool(torch.stack([norm.to(first) for norm in norms.values()]).isnan().any()):
+    found = list(norms.values())
+    if len({norm.device for norm in found}) > 1:  # a model on several devices
+        found = [norm.to(found[0].device) for norm in found]
+    if not found or not math.isnan(torch.stack(found).sum().item()):
         return
     if any(error is not None and bool(error.isinf().any()) for error in errors):
         return

@@ -16,6 +16,9 @@ from graphlocal.runtime import LocalModule, require_finite, update_norms
 ERROR_WEIGHTS = "error_weights."
 """What the names of the feedback maps start with."""
 
+TOGETHER = 100_000
+"""Gradients with fewer numbers than this wait for each other: one call of the optimizer costs as much as they do."""
+
 LossFunction = Callable[[Any, Any], Tensor]
 
 
@@ -24,7 +27,7 @@ def train_step(local: LocalModule, loss_fn: LossFunction, optimizer: torch.optim
 
     loss_fn: `loss_fn(output, y)`, a scalar. optimizer: any of torch.optim's that can update some parameters
     without the others. Every subgraph's parameters are updated, and its gradients and activations freed, as
-    soon as its error is known; `p.grad` is never set. Parameters that several subgraphs share are updated
+    soon as its error is known (those of less than `TOGETHER` numbers in one go); `p.grad` is never set. Parameters that several subgraphs share are updated
     after the last of them. Learning-rate schedulers and optimizer hooks work as ever; clipping the norm of
     all gradients does not, since they never exist at one time.
 
@@ -65,14 +68,25 @@ class TrainStep:
             compiled, outputs, saved = self.local._forward_pass(leaves, spec, fused=True)
             loss, errors = self._loss(compiled, outputs, y)
         norms: dict[str, Tensor] = {}
+        waiting: dict[str, Tensor | None] = {}
 
         def apply(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
-            if self.local.check_finite and not names[0].startswith(ERROR_WEIGHTS):
-                norms.update(update_norms(names, gradients))
+            waiting.update(zip(names, gradients, strict=True))
+            if sum(g.numel() for g in waiting.values() if g is not None) >= TOGETHER:
+                flush()
+
+        def flush() -> None:
+            names, gradients = tuple(waiting), tuple(waiting.values())
+            waiting.clear()
+            if self.local.check_finite:
+                found = update_norms(names, gradients)
+                norms.update((name, norm) for name, norm in found.items() if not name.startswith(ERROR_WEIGHTS))
             self._apply(compiled, names, gradients)
 
         with torch.no_grad():
-            compiled.fused_passes[1](saved, errors, apply, False)
+            compiled.run_fused_passes[1](saved, errors, apply, False)
+            if waiting:
+                flush()
             require_finite(compiled, errors, norms)
         return loss
 

@@ -230,7 +230,7 @@ def test_a_model_whose_traced_forward_differs_from_its_eager_one(build, said):
             ("the rule 'backprop' has exact messages only", "rule='rec-lra'"),
         ),
     ],
-    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
 )
 def test_unknown_names_and_options_of_compile(options, said):
     model = trained("residual_mlp")

@@ -145,6 +145,7 @@ def test_all_missing_files_are_named(tmp_path: Path) -> None:
         (gzip.compress(idx(torch.zeros(5, dtype=torch.int64))), "6 images but 5 labels"),
         (gzip.compress(idx(torch.full((6,), 10))), "label 10 of 10 classes"),
     ],
+    ids=["no gzip", "cut off", "empty", "images for labels", "short", "fewer labels", "label too large"],
 )
 def test_a_file_that_is_not_what_it_must_be_is_named(folder: Path, content: bytes, message: str) -> None:
     path = folder / RAW["mnist"] / TRAIN_Y

@@ -205,6 +205,22 @@ def test_learned_error_weights_are_updated():
     assert all(not torch.equal(value, before[name]) for name, value in state(local.error_weights).items())
 
 
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """No gradient waits for others, however small."""
+    monkeypatch.setattr("graphlocal.step.TOGETHER", 0)
+
+
+def test_small_gradients_are_applied_together():
+    local = compiled("mlp", "backprop", partition="leaf")
+    optimizer = optim.SGD(local.parameters(), 0.1)
+    seen: list[int] = []
+    optimizer.register_step_pre_hook(lambda opt, *_: seen.extend(len(g["params"]) for g in opt.param_groups))
+    train(local, optimizer, batches("mlp")[:1], fused=True)
+    assert seen == [6]
+
+
+@pytest.mark.usefixtures("one_by_one")
 def test_optimizer_hooks_run_and_see_each_subgraphs_gradients():
     local = compiled("mlp", "backprop", partition="leaf")
     optimizer = optim.SGD(local.parameters(), 0.1)
@@ -243,6 +259,7 @@ def test_the_gradients_of_the_users_own_backward_pass_are_not_touched(rule):
     assert not torch.equal(before["original.0.weight"], local.original[0].weight)
 
 
+@pytest.mark.usefixtures("one_by_one")
 @every_rule
 def test_the_gradients_of_a_subgraph_are_freed_before_the_next_ones_are_applied(rule):
     local = compiled("small_resnet", rule, partition="leaf")

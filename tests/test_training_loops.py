@@ -60,9 +60,13 @@ def test_autocast_gives_finite_local_updates_near_those_without(rule):
     exact = {name: gradient.clone() for name, gradient in exact.items()}
     with torch.autocast("cpu", torch.bfloat16):
         near = gradients(local, inputs, zoo.classify)
+    largest = max(float(gradient.norm()) for gradient in exact.values())
     for name, gradient in exact.items():
         assert near[name].dtype == gradient.dtype
-        assert nn.functional.cosine_similarity(near[name].flatten(), gradient.flatten(), dim=0) > 0.9, name
+        if gradient.norm() < 1e-6 * largest:  # a bias before BatchNorm, whose update is rounding alone
+            assert near[name].norm() < 0.02 * largest
+        else:
+            assert nn.functional.cosine_similarity(near[name].flatten(), gradient.flatten(), dim=0) > 0.9, name
 
 
 @every_rule

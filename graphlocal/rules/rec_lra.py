@@ -108,8 +108,9 @@ class RecLRA(Rule):
     def local_error(self, neuron: Neuron, displacement: Tensor) -> Tensor:
         if self.rescale is None:
             return neuron.z - neuron.phi(neuron.h - self.beta * displacement)
-        scale = displacement.square().mean().sqrt().clamp_min(torch.finfo(displacement.dtype).tiny)
-        return (neuron.z - neuron.phi(neuron.h - (self.beta / scale) * displacement)) * scale
+        norm: Tensor = torch.linalg.vector_norm(displacement) * displacement.numel() ** -0.5
+        scale = norm.clamp_min(torch.finfo(displacement.dtype).tiny)
+        return (neuron.z - neuron.phi(torch.addcdiv(neuron.h, displacement, scale, value=-self.beta))) * scale
 
     def feedback_cotangent(self, neuron: Neuron, displacement: Tensor) -> Tensor | None:
         if self.error_weights == "fixed":

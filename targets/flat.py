@@ -1,0 +1,83 @@
+"""A pass of the training graph as one plain Python function.
+
+Calling a module from a graph costs microseconds, and so does looking up `model.layer.weight`; on small models
+that is more than the arithmetic. Here the bodies of the subgraphs are written out in the function, the other
+pieces are called without `nn.Module.__call__`, and parameters are bound once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from torch import fx, nn
+
+
+def flatten(module: fx.GraphModule) -> Callable[..., Any]:
+    """The function that `module` computes, for as long as its parameters are the same objects.
+
+    Buffers are looked up when it runs.
+    """
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    bound = SimpleNamespace(**dict(module.named_children()))
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            piece = module.get_submodule(str(node.target))
+            arguments = fx.map_arg(node.args, copied.__getitem__)
+            if isinstance(piece, fx.GraphModule):
+                copied[node] = _inline(graph, piece, arguments, bound, str(node.target))
+            else:
+                copied[node] = graph.call_function(piece.forward, arguments)
+        elif node.op == "get_attr" and (parameter := _parameter(module, str(node.target))) is not None:
+            name = f"parameter{len(vars(bound))}"
+            setattr(bound, name, parameter)
+            copied[node] = graph.get_attr(name)
+        elif node.op == "output":
+            graph.output(fx.map_arg(node.args[0], copied.__getitem__))
+        else:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    _take_apart(graph)
+    return _compile(graph, bound)
+
+
+def _inline(graph: fx.Graph, body: fx.GraphModule, arguments: Any, bound: SimpleNamespace, name: str) -> Any:
+    """The operations of a subgraph in place of its call; returns the tuple of its results."""
+    values = dict(zip(body.graph.find_nodes(op="placeholder"), arguments, strict=True))
+    setattr(bound, name, body)
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            return graph.call_function(_results, fx.map_arg(node.args[0], values.__getitem__))
+        copy = graph.node_copy(node, values.__getitem__)
+        if node.op in ("get_attr", "call_module"):
+            copy.target = f"{name}.{node.target}"
+        values[node] = copy
+    raise AssertionError("a graph has an output")
+
+
+def _results(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
+def _take_apart(graph: fx.Graph) -> None:
+    """Let the readers of a subgraph's results read the values themselves."""
+    for node in graph.find_nodes(op="call_function", target=_results):
+        for taken in list(node.users):
+            taken.replace_all_uses_with(node.args[taken.args[1]])
+            graph.erase_node(taken)
+        graph.erase_node(node)
+
+
+def _parameter(module: nn.Module, target: str) -> nn.Parameter | None:
+    owner, _, name = target.rpartition(".")
+    return module.get_submodule(owner)._parameters.get(name)
+
+
+def _compile(graph: fx.Graph, bound: SimpleNamespace) -> Callable[..., Any]:
+    code = graph.python_code(root_module="self")
+    scope = dict(code.globals)
+    exec(code.src, scope)  # what fx.GraphModule does with it
+    function = scope["forward"]
+    return lambda *args: function(bound, *args)
