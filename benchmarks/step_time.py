@@ -61,7 +61,7 @@ CASES = (
     Case("MLP 64×128 (deep, thin)", lambda: mlp(128, 64, 64), (64,), 32),
     Case("MLP 8×1024", lambda: mlp(1024, 8, 784), (784,), 128),
     Case("small ResNet on 8×8", SmallResNet, (1, 8, 8), 32),
-    Case("small ResNet on 32×32", SmallResNet, (1, 32, 32), 32),
+    Case("small ResNet on 8×8", SmallResNet, (1, 8, 8), 256),
     Case("transformer encoder 6×192, 64 tokens", Encoder, (64, 192), 16),
 )
 

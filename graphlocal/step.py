@@ -27,9 +27,9 @@ def train_step(local: LocalModule, loss_fn: LossFunction, optimizer: torch.optim
 
     loss_fn: `loss_fn(output, y)`, a scalar. optimizer: any of torch.optim's that can update some parameters
     without the others. Every subgraph's parameters are updated, and its gradients and activations freed, as
-    soon as its error is known (those of less than `TOGETHER` numbers in one go); `p.grad` is never set. Parameters that several subgraphs share are updated
-    after the last of them. Learning-rate schedulers and optimizer hooks work as ever; clipping the norm of
-    all gradients does not, since they never exist at one time.
+    soon as its error is known (small ones together: `TOGETHER`); `p.grad` is never set. Parameters that several
+    subgraphs share are updated after the last of them. Learning-rate schedulers and optimizer hooks work as
+    ever; clipping the norm of all gradients does not, since they never exist at one time.
 
     Raises InputError for an optimizer that needs a closure (LBFGS), or one without the model's parameters.
     """
