@@ -22,7 +22,7 @@ class _Module:
     own: int = 0
     weights: int = 0
     children: dict[str, _Module] = field(default_factory=dict)
-    stacks: dict[bool, list[_Module]] = field(default_factory=dict)
+    stack: list[_Module] | None = None
 
 
 def module_boxes(
@@ -48,7 +48,7 @@ def has_stack(graph: LocalGraph) -> bool:
     """True if the model's modules hold repeated blocks anywhere."""
     position = {op.name: i for i, op in enumerate(graph.operations)}
     tree = _module_tree(graph, graph.operations, "")
-    return _Splitter(graph, position, tree.weights, {}, {}).holds_stack(tree, by_structure=True)
+    return _Splitter(graph, position, tree.weights, {}, {}).holds_stack(tree)
 
 
 def _module_tree(graph: LocalGraph, operations: Sequence[Operation], root: str) -> _Module:
@@ -79,34 +79,33 @@ class _Splitter:
     reasons: dict[str, str]
 
     def split(self, module: _Module, reason: str, in_stack: bool = False, force: bool = False) -> None:
-        holds = self.holds_stack(module, by_structure=not in_stack)
+        holds = self.holds_stack(module)
         plain = module.own == 0 and not in_stack and module.weights > 1
         large = not in_stack and module.weights > 1 and 2 * module.weights > self.total
         if not module.children or not (force or holds or plain or large):
             self.boxes[module.path] = module.operations
             self.reasons[module.path] = reason
             return
-        stack = self.stack(module, by_structure=not in_stack)
+        stack = self.stack(module)
         for child in module.children.values():
             stacked = child in stack
             why = f"one of {len(stack)} blocks in a row in {module.path or 'the model'}" if stacked else (
                 f"a part of {module.path or 'the model'}")  # fmt: skip
             self.split(child, why, in_stack or stacked)
 
-    def holds_stack(self, module: _Module, by_structure: bool) -> bool:
-        inside = (self.holds_stack(child, by_structure) for child in module.children.values())
-        return bool(self.stack(module, by_structure)) or any(inside)
+    def holds_stack(self, module: _Module) -> bool:
+        return bool(self.stack(module)) or any(self.holds_stack(child) for child in module.children.values())
 
-    def stack(self, module: _Module, by_structure: bool) -> list[_Module]:
+    def stack(self, module: _Module) -> list[_Module]:
         """The parts with two or more weights each that run one after the other and are alike.
 
-        Alike by number (`layer1`, `layer2`, or two calls of one module), or by structure: the same operations.
+        Alike by number (`layer1`, `layer2`, or two calls of one module), or by the kinds of their operations: the
+        first of several residual blocks may have one projection more.
         """
-        if by_structure not in module.stacks:
-            families = _families(module, by_structure)
-            found = (f for f in families if len(f) > 1 and self._runs_before(f[0], f[1]))
-            module.stacks[by_structure] = next(found, [])
-        return module.stacks[by_structure]
+        if module.stack is None:
+            found = (f for f in _families(module) if len(f) > 1 and self._runs_before(f[0], f[1]))
+            module.stack = next(found, [])
+        return module.stack
 
     def _runs_before(self, first: _Module, second: _Module) -> bool:
         """True if the second module depends on the first: they are in sequence, not side by side."""
@@ -121,7 +120,7 @@ class _Splitter:
         return False
 
 
-def _families(module: _Module, by_structure: bool) -> list[list[_Module]]:
+def _families(module: _Module) -> list[list[_Module]]:
     families: dict[object, list[_Module]] = {}
     for child in module.children.values():
         if child.weights < 2:
@@ -130,8 +129,8 @@ def _families(module: _Module, by_structure: bool) -> list[list[_Module]]:
         stem = re.fullmatch(r"(.*?)\d+", name)
         if stem or call:
             families.setdefault(stem[1] if stem else name, []).append(child)
-        elif by_structure:
-            families.setdefault(tuple(op.target for op in child.operations), []).append(child)
+        else:
+            families.setdefault(frozenset(op.target for op in child.operations), []).append(child)
     return list(families.values())
 
 

@@ -177,16 +177,13 @@ def rename(model: nn.Module, name: Callable[[int], str]) -> nn.Module:
     return model
 
 
-STAGES = "named by letters, layer2 to layer4 are alike and become one box each; numbered blocks are seen inside them"
-
-
 @pytest.mark.parametrize(
     ("model", "name"),
     [
         ("resnet18", numbered),
         ("transformer_encoder", numbered),
         ("transformer_encoder", lettered),
-        pytest.param("resnet18", lettered, marks=pytest.mark.xfail(strict=True, reason=STAGES)),
+        ("resnet18", lettered),
     ],
 )
 def test_renaming_every_module_leaves_the_grouping_as_it_was(model, name):
