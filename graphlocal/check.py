@@ -11,17 +11,18 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from graphlocal.arguments import Arguments, Binder, ExampleInputs
+from graphlocal.arguments import Binder, ExampleInputs
 from graphlocal.compiler import Options, passes
 from graphlocal.errors import GraphLocalError, InputError
 from graphlocal.guards import is_guard
 from graphlocal.ir import LocalGraph
-from graphlocal.lift import lift, source_line
+from graphlocal.lift import lift
 from graphlocal.passes.partition import Partition
 from graphlocal.passes.policies import Policy
 from graphlocal.pipeline import run
 from graphlocal.rules import Rule, find
 from graphlocal.runtime import LocalModule
+from graphlocal.source import forward_line, source_line
 from graphlocal.trace import TracedModel, trace
 
 Severity = Literal["error", "warning", "note"]
@@ -81,7 +82,7 @@ def check(
         chosen = find(rule)
         arguments = Binder(model).example(example_inputs)
         traced = trace(model, arguments)
-        findings += _about_trace(traced, arguments)
+        findings += _about_trace(traced, model)
         graph = lift(traced, model)
         problems = list(_about_ends(graph, model))
         findings += problems
@@ -119,10 +120,11 @@ def _about_modules(model: nn.Module) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _about_trace(traced: TracedModel, arguments: Arguments) -> Iterator[Finding]:
+def _about_trace(traced: TracedModel, model: nn.Module) -> Iterator[Finding]:
     for path in traced.opaque:
         yield Finding(
-            "warning", "runs as an opaque leaf: one subgraph, with autograd inside", path,
+            "warning", "runs as an opaque leaf: one subgraph, with autograd inside",
+            f"{path} ({forward_line(model.get_submodule(path))})",
             "no tracer sees through its control flow", "make it independent of the data, if it should be divided",
         )  # fmt: skip
     guards = [node for node in traced.module.graph.nodes if is_guard(node)]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from graphlocal.guards import is_guard
 from graphlocal.ir import Dim, Input, LocalGraph, Operation, State, TensorType
 from graphlocal.normalize import GROUP, is_random, written_states
 from graphlocal.opaque import OpaqueLeaf
+from graphlocal.source import source_line
 from graphlocal.trace import TracedModel
 
 # Elementwise operators of one tensor that torch does not tag as pointwise.
@@ -186,31 +185,6 @@ def _module_path(node: fx.Node) -> str:
         prefix = f"{prefix}.{part}" if prefix else part
         parts.append(f"{part}@{calls[prefix]}" if calls.get(prefix) else part)
     return ".".join(parts)
-
-
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
-_FOLDER = str(Path(__file__).parent)
-
-
-def source_line(node: fx.Node) -> str:
-    """`package/file.py:12`: the innermost line of the user's code, or of torch's if there is none.
-
-    Where the model is traced from within a training loop, the frames up to our own are that loop's.
-    """
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    ours = [i for i, frame in enumerate(frames) if frame[0].startswith(_FOLDER)]
-    frames = frames[ours[-1] + 1 :] if ours else frames
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH_FOLDER)]
-    if not (own or frames):
-        return ""
-    file, line = (own or frames)[-1]
-    return f"{_short(file)}:{line}"
-
-
-def _short(file: str) -> str:
-    """The path below the folder from which Python imports it."""
-    roots = [entry.rstrip("/") + "/" for entry in sys.path if entry and file.startswith(entry.rstrip("/") + "/")]
-    return file[len(max(roots, key=len)) :] if roots else Path(file).name
 
 
 def _flops(node: fx.Node, target: str, tensor: Any) -> int:

@@ -23,6 +23,7 @@ from graphlocal.errors import TraceError
 from graphlocal.guards import require_shape, require_value
 from graphlocal.normalize import join
 from graphlocal.preserve import preserved
+from graphlocal.source import source_line
 
 _READS = ("item", "_local_scalar_dense")
 _LITERAL = {torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default}
@@ -158,7 +159,7 @@ def _refuse_modes(module: fx.GraphModule) -> None:
         if node.target in _MODES:
             raise TraceError(
                 "the recorded forward changes autograd's or autocast's mode",
-                where=_line(node),
+                where=source_line(node),
                 remedy="move that part into a submodule of its own, which then runs as an opaque leaf",
             )
 
@@ -172,12 +173,7 @@ def _refuse_unseen(model: nn.Module, module: fx.GraphModule) -> None:
         if isinstance(value, Tensor) and id(value) not in owned and not literal:
             raise TraceError(
                 "forward uses a tensor that it computed out of the recorder's sight",
-                where=_line(next(iter(node.users))),
+                where=source_line(next(iter(node.users))),
                 why="torch.autograd.grad inside forward, or a tensor kept from an earlier call, does that",
                 remedy="move that part into a submodule of its own, which then runs as an opaque leaf",
             )
-
-
-def _line(node: fx.Node) -> str | None:
-    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-    return trace[-2].strip() if len(trace) > 1 else None

@@ -93,7 +93,12 @@ def test_check_lists_all_obstacles_not_the_first():
     for severity, what, where, remedy in [
         ("error", "no output is a float tensor", "", "return the logits"),
         ("warning", "hooks will not run in training", "hooked", "do in forward what the hook does"),
-        ("warning", "runs as an opaque leaf", "branch", "make it independent of the data"),
+        (
+            "warning",
+            "runs as an opaque leaf",
+            f"branch ({line_of(Branch, 'def forward')})",
+            "make it independent of the data",
+        ),
         ("note", "1 modules are in evaluation mode", "norm", ""),
         ("note", "2 parameters are frozen", "frozen.weight", ""),
         ("note", "1 BatchNorm layers", "norm", "graphlocal.recalibrate(model, batches)"),
@@ -148,8 +153,10 @@ def normed() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "inputs", "options", "severity", "what", "where", "remedy"),
     [
-        (lambda: zoo.around(Branch()), X, {}, "warning", "runs as an opaque leaf", "1", "independent of the data"),
-        (lambda: zoo.around(ItemBranch()), X, {}, "warning", "runs as an opaque leaf", "1", "independent of the data"),
+        (lambda: zoo.around(Branch()), X, {}, "warning", "runs as an opaque leaf",
+         f"1 ({line_of(Branch, 'def forward')})", "independent of the data"),
+        (lambda: zoo.around(ItemBranch()), X, {}, "warning", "runs as an opaque leaf",
+         f"1 ({line_of(ItemBranch, 'def forward')})", "independent of the data"),
         (lambda: frozen("mlp"), X, {}, "error", "reads no trainable parameter", "", "requires_grad_(True)"),
         (zoo.MODELS["frozen_middle"].make, X, {}, "note", "2 parameters are frozen", "2.weight", ""),
         (zoo.ClassOutput, X, {}, "error", "no output is a float tensor", "", "return the logits"),

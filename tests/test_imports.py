@@ -23,7 +23,7 @@ FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphloca
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"arguments", "data", "guards", "ir", "preserve"}),
+    frozenset({"arguments", "data", "guards", "ir", "preserve", "source"}),
     frozenset({"text", "verify"}),
     frozenset({"feedback", "nn", "normalize", "opaque", "selfcheck"}),
     frozenset({"cache", "record", "trace"}),
