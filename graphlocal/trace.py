@@ -232,7 +232,7 @@ def _require_eager(model: nn.Module, arguments: Arguments) -> None:
     """Raises InputError if the model itself does not run on the example inputs."""
     stack: list[str] = []
     try:
-        with preserved(model), _module_stack(model, stack), torch.no_grad():
+        with preserved(model), _module_stack(model, stack), torch.enable_grad():
             model(*arguments.args, **arguments.kwargs)
     except Exception as error:
         shapes = ", ".join(
