@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy
@@ -45,6 +46,29 @@ def preserved(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+@contextmanager
+def watched_calls(
+    model: nn.Module, enter: Callable[[str, nn.Module], None], leave: Callable[[], object]
+) -> Iterator[None]:
+    """While open, `enter(path, module)` is called before each module runs (the root has the path "") and `leave()`
+    after it; not after one that raised.
+    """
+
+    def after(*_: object) -> None:
+        leave()
+
+    handles = []
+    for path, module in model.named_modules():
+        before = partial(enter, path)
+        handles.append(module.register_forward_pre_hook(lambda m, _, before=before: before(m), prepend=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

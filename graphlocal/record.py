@@ -7,9 +7,9 @@ in a step where the data say otherwise. The runtime then records that path, and 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from graphlocal.arguments import Arguments
 from graphlocal.errors import TraceError
 from graphlocal.guards import require_shape, require_value
 from graphlocal.normalize import join
-from graphlocal.preserve import preserved
+from graphlocal.preserve import preserved, watched_calls
 from graphlocal.source import source_line
 
 _READS = ("item", "_local_scalar_dense")
@@ -82,32 +82,16 @@ def _elements(tensor: Tensor) -> Any:
     return [_elements(row) for row in tensor.unbind()] if tensor.dim() else tensor.item()
 
 
-@contextmanager
-def _paths(model: nn.Module) -> Iterator[None]:
+def _paths(model: nn.Module) -> AbstractContextManager[None]:
     """Give each recorded node the path of the module that runs, `a.b@1` in its second call."""
-    calls: dict[str, int] = {}
+    calls: Counter[str] = Counter()
 
-    def enter(path: str, kind: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            count = calls.get(path, 0)
-            calls[path] = count + 1
-            key = f"{path}@{count}" if count else path
-            _open_modules()[key] = (path, kind)
+    def enter(path: str, module: nn.Module) -> None:
+        key = f"{path}@{calls[path]}" if calls[path] else path
+        calls[path] += 1
+        _open_modules()[key] = (path, type(module).__qualname__)
 
-        return hook
-
-    def leave(*_: Any) -> None:
-        _open_modules().popitem()
-
-    handles = []
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(path, type(module).__qualname__), prepend=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return watched_calls(model, enter, lambda: _open_modules().popitem())
 
 
 def _open_modules() -> OrderedDict[str, Any]:

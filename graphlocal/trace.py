@@ -16,8 +16,8 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ from graphlocal.errors import GraphLocalError, InputError, TraceError
 from graphlocal.guards import has_guards
 from graphlocal.normalize import normalize
 from graphlocal.opaque import insert_leaves, opaque_leaves
-from graphlocal.preserve import preserved, training_mode
+from graphlocal.preserve import preserved, training_mode, watched_calls
 from graphlocal.record import record
 from graphlocal.selfcheck import BufferMismatch, StateMismatch, self_check
 
@@ -242,32 +242,15 @@ def _require_eager(model: nn.Module, arguments: Arguments) -> None:
         )
         raise InputError(
             f"{type(model).__name__} does not run on the example inputs ({shapes})",
-            where=f"module {stack[-1]}" if stack else "the model's own forward",
+            where=f"module {stack[-1]}" if stack[-1:] > [""] else "the model's own forward",
             why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
             remedy="pass example_inputs of the shape, dtype and device that the model takes",
         ) from error
 
 
-@contextmanager
-def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
+def _module_stack(model: nn.Module, stack: list[str]) -> AbstractContextManager[None]:
     """While open, `stack` holds the paths of the running modules; an error leaves it as it was."""
-
-    def enter(path: str) -> Callable[..., None]:
-        return lambda *_: stack.append(path)
-
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    handles = []
-    for path, module in model.named_modules():
-        if path:
-            handles.append(module.register_forward_pre_hook(enter(path), prepend=True))
-            handles.append(module.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return watched_calls(model, lambda path, _: stack.append(path), stack.pop)
 
 
 @contextmanager
