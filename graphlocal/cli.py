@@ -6,7 +6,9 @@ import contextlib
 import copy
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,19 +103,23 @@ def train_command(
     data: Annotated[str, typer.Option(help="digits, mnist or fashion-mnist.")] = "digits",
     data_dir: Annotated[Path | None, typer.Option(help="Where mnist and fashion-mnist lie.")] = None,
     set: Settings = [], rule: RuleName = "rec-lra", partition: PartitionText = "auto", depth: Depth = 1,  # noqa: B006
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
-    batch_size: Annotated[int, typer.Option(min=2)] = 32,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=2, help="Samples a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     optimizer: Annotated[str, typer.Option(help="adam or sgd (momentum 0.9).")] = "adam",
     flatten: Annotated[bool, typer.Option(help="Give the model vectors instead of images.")] = False,
     backprop: Annotated[bool, typer.Option(help="Train the same model by backpropagation beside it.")] = False,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the weights, the feedback maps and the order of the data.")] = 0,
     save: Annotated[Path | None, typer.Option(help="Write the trained model's state_dict here.")] = None,
 ) -> None:  # fmt: skip
     """Train a model with local updates on digits, MNIST or Fashion-MNIST.
 
     Example: graphlocal train --data digits --epochs 10 --backprop
     """
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"unknown optimizer {optimizer!r}", remedy=f"use one of {', '.join(OPTIMIZERS)}")
+    if save is not None and (save.is_dir() or not os.access(_first_folder(save), os.W_OK)):
+        raise InputError(f"{save} can't be written", remedy="give --save a file in a folder of yours")
     dataset = load(data, data_dir)
     if flatten:
         dataset = replace(dataset, train_x=dataset.train_x.flatten(1), test_x=dataset.test_x.flatten(1))
@@ -136,7 +142,7 @@ def train_command(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("graphlocal-demo"),
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the weights, the feedback maps and the order of the data.")] = 0,
     epochs: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train a small ResNet and an MLP on the digits, local learning beside backpropagation (about a minute).
@@ -148,6 +154,17 @@ def demo(
     run(out, console, seed, epochs)
 
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
+
+
+def _first_folder(path: Path) -> Path:
+    """The innermost folder above a path that exists."""
+    return next(folder for folder in path.absolute().parents if folder.is_dir())
+
+
 def _rule(name: str, depth: int) -> Rule:
     rule = find(name)
     if depth > 1 and not isinstance(rule, RecLRA):
@@ -157,13 +174,7 @@ def _rule(name: str, depth: int) -> Rule:
 
 def _train_one(name: str, model: nn.Module, data: Dataset, optimizer: str, lr: float, epochs: int,
                batch_size: int, seed: int) -> History:  # fmt: skip
-    makers: dict[str, Any] = {
-        "adam": torch.optim.Adam,
-        "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9),
-    }
-    if optimizer not in makers:
-        raise InputError(f"unknown optimizer {optimizer!r}", remedy=f"use one of {', '.join(makers)}")
-    step = step_for(model, makers[optimizer](model.parameters(), lr))
+    step = step_for(model, OPTIMIZERS[optimizer](model.parameters(), lr))
     total = epochs * -(-len(data.train_x) // batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     history = History()
