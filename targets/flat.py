@@ -15,9 +15,9 @@ from torch import fx, nn
 
 
 def flatten(module: fx.GraphModule) -> Callable[..., Any]:
-    """The function that `module` computes, for as long as its parameters are the same objects.
+    """The function that `module` computes, for as long as the user's model has the same parameter objects.
 
-    Buffers are looked up when it runs.
+    Buffers and feedback maps are looked up when it runs.
     """
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     bound = SimpleNamespace(**dict(module.named_children()))
@@ -71,8 +71,9 @@ def _take_apart(graph: fx.Graph) -> None:
 
 
 def _parameter(module: nn.Module, target: str) -> nn.Parameter | None:
+    """The parameter of the user's model that a node reads; the runtime watches for a new one."""
     owner, _, name = target.rpartition(".")
-    return module.get_submodule(owner)._parameters.get(name)
+    return module.get_submodule(owner)._parameters.get(name) if owner.startswith("original") else None
 
 
 def _compile(graph: fx.Graph, bound: SimpleNamespace) -> Callable[..., Any]:

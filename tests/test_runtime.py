@@ -313,3 +313,19 @@ def output_errors(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         leaves = [output.detach().requires_grad_() for output in outputs]
         return torch.autograd.grad(zoo.classify(*leaves), leaves)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("rule", ["backprop", LEARNED])
+def test_weights_and_feedback_maps_that_are_loaded_are_the_ones_that_run(rule, assign):
+    mlp, x = zoo.MODELS["mlp"], zoo.vectors()[0]
+    first, second = (graphlocal.compile(mlp.make(), example_inputs=x, rule=rule) for _ in range(2))
+    for parameter in second.parameters():
+        nn.init.normal_(parameter)
+    zoo.classify(first(x)).backward()  # everything is bound once before
+    first.load_state_dict(copy.deepcopy(second.state_dict()), assign=assign)
+    for local in (first, second):
+        local.zero_grad()
+        zoo.classify(local(x)).backward()
+    for (name, found), true in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(found.grad, true.grad), name
