@@ -62,7 +62,9 @@ def written_states(node: fx.Node) -> list[fx.Node]:
     """The `get_attr` nodes whose tensors the node changes."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         inner = {n for n in _body_nodes(node) if _writes(n) or _norm_buffers(n)}
-        return [a for a in node.all_input_nodes if a.op == "get_attr"] if inner else []
+        owner: Any = node.graph.owning_module
+        bodies = {name for name, _ in owner.named_modules()}
+        return [a for a in node.all_input_nodes if a.op == "get_attr" and a.target not in bodies] if inner else []
     if _writes(node) and _root(node.args[0]).op == "get_attr":
         return [_root(node.args[0])]
     return _norm_buffers(node)

@@ -42,6 +42,7 @@ def record(model: nn.Module, arguments: Arguments) -> fx.GraphModule:
         with _CheckedReads():
             outputs, spec = pytree.tree_flatten(model(*call.args, **call.kwargs))
         specs.append(spec)
+        _refuse_unknown(outputs)
         return outputs
 
     with preserved(model), _paths(model):
@@ -136,6 +137,17 @@ def _guard(graph: fx.Graph, check: Callable[..., None], source: Any, expected: A
     node = graph.call_function(check, (source, expected))
     node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
     join(node, source)
+
+
+def _refuse_unknown(outputs: list[Any]) -> None:
+    for output in outputs:
+        if not isinstance(output, (Tensor, int, float, bool, str, type(None))):
+            raise TraceError(
+                f"the model returns a {type(output).__name__}",
+                why="torch does not know which tensors that holds",
+                remedy="return tensors in tuples, lists or dicts, or make the class known: "
+                "torch.export.register_dataclass",
+            )
 
 
 def _refuse_modes(module: fx.GraphModule) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -174,3 +176,18 @@ def test_a_parameter_of_two_subgraphs_gets_the_sum_of_their_updates():
         graph = compiled(zoo.MODELS[name], partition="leaf").graph
         users = [sum(state in graph.trainable(subgraph) for subgraph in graph.subgraphs) for state in graph.state]
         assert max(users) > 1, name
+
+
+def test_a_normalization_that_writes_its_buffers_without_gradients_is_exact():
+    """Spectral normalization: the power iteration runs under no_grad and changes buffers."""
+    torch.manual_seed(0)
+    first = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(6, 5))
+    eager = torch.nn.Sequential(first, torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
+    inputs = (zoo.normal(3, 6).double(),)
+    local = graphlocal.compile(copy.deepcopy(eager), example_inputs=inputs, rule="backprop")
+    for seed in range(2):
+        true, found = step(eager, inputs, zoo.classify, seed), step(local, inputs, zoo.classify, seed)
+        assert_same_forward(found, true)
+        assert_same_gradients(found.gradients, true.gradients)
+        for name, buffer in true.buffers.items():
+            torch.testing.assert_close(found.buffers[name.removeprefix("original.")], buffer, rtol=1e-12, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -116,6 +117,22 @@ def test_a_tensor_computed_out_of_sight_is_refused():
     with pytest.raises(TraceError, match="out of the recorder's sight") as caught:
         graphlocal.compile(model, example_inputs=(positive(),))
     assert "test_record.py:" in str(caught.value)
+
+
+@dataclass
+class Result:
+    logits: Tensor
+
+
+class Wrapped(Branching):
+    def forward(self, x: Tensor) -> Result:
+        return Result(self.head(x))
+
+
+def test_an_output_class_that_torch_does_not_know_is_named():
+    with pytest.raises(TraceError, match="the model returns a Result") as caught:
+        graphlocal.compile(Wrapped().double(), example_inputs=(positive(),))
+    assert "torch.export.register_dataclass" in str(caught.value)
 
 
 def test_a_path_that_python_s_random_numbers_choose_is_refused():
