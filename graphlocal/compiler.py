@@ -17,6 +17,7 @@ from graphlocal.errors import InputError
 from graphlocal.guards import has_guards
 from graphlocal.ir import LocalGraph
 from graphlocal.lift import lift
+from graphlocal.passes.discrete_units import FindDiscreteUnits
 from graphlocal.passes.error_neurons import InsertErrorNeurons
 from graphlocal.passes.partition import Partition
 from graphlocal.passes.policies import Policy
@@ -147,6 +148,7 @@ def build(
 def passes(options: Options) -> tuple[Any, ...]:
     """The passes that `options` stand for, in order."""
     return (
+        *([FindDiscreteUnits()] if options.rule.passes_discrete else []),
         Partition(options.partition, options.rule.depth),
         InsertErrorNeurons(),
         InsertSkipErrors(options.rule, options.skip_errors),

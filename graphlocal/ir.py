@@ -76,6 +76,8 @@ class Operation:
     if it only checks that the data take the recorded path.
     pointwise: True if it is an elementwise function of one tensor input, without states or effects.
     group: operations with the same non-empty group must stay in one subgraph.
+    discrete_of: on the last operation of a discrete or stochastic unit g, the value f that it was applied to, as
+    `"f"`, or `"-f"` if g falls with f. Errors pass g by: they go to f as if the unit were the identity.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Operation:
     effects: tuple[str, ...] = ()
     pointwise: bool = False
     group: str = ""
+    discrete_of: str = ""
     flops: int = 0
 
 
@@ -95,12 +98,14 @@ class Operation:
 class Representation:
     """A value z that leaves a subgraph, with its pre-activation h (z itself where phi is the identity).
 
+    smooth: where z = g(f) with a discrete or stochastic unit g, the value f = phi(h) that targets are set for.
     axis: the feature axis of z, on which feedback maps act; the other axes are the batch and positions.
     """
 
     value: str
     preactivation: str
     axis: int
+    smooth: str = ""
 
 
 @dataclass(frozen=True)
@@ -258,9 +263,9 @@ class LocalGraph:
         return tuple(name for name in subgraph.states if self.state[name].trainable)
 
     def tail(self, output: Representation) -> tuple[str, ...]:
-        """The operations of phi, from the one after the pre-activation to the representation itself."""
+        """The operations of phi, from the one after the pre-activation to the (smooth) representation itself."""
         chain: list[str] = []
-        value = output.value
+        value = output.smooth or output.value
         while value != output.preactivation:
             chain.append(value)
             value = self.operation[value].inputs[0]

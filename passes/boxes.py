@@ -66,7 +66,7 @@ def complete(graph: LocalGraph, operations: Sequence[Operation], given: Labels) 
     trailing = _trailing(graph, operations, found)
     readers = readers_of(operations)
     for op in operations:  # case 2
-        if op.name not in found and (op.pointwise or _COMBINES.match(op.target)) and op.name not in trailing:
+        if op.name not in found and (op.pointwise or op.discrete_of or _COMBINES.match(op.target)) and op.name not in trailing:
             _join_producer(op, found, position, members)
     for op in reversed(operations):  # case 3
         if op.name not in found and op.name not in trailing:
@@ -91,9 +91,10 @@ def _box_name(op: Operation, taken: Iterable[str]) -> str:
 
 def _join_producer(op: Operation, found: Labels, position: dict[str, int], members: dict[str, Operation]) -> bool:
     """Join the box of the latest input; an input that is in no box yet counts as those that it is made of."""
-    if all(found.get(source, PRELUDE) == PRELUDE for source in op.inputs):
+    inputs = [op.discrete_of.removeprefix("-")] if op.discrete_of else list(op.inputs)
+    if all(found.get(source, PRELUDE) == PRELUDE for source in inputs):
         return False
-    producers, pending, seen = [], list(op.inputs), set[str]()
+    producers, pending, seen = [], inputs, set[str]()
     while pending:
         source = pending.pop()
         if source in found:

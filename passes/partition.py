@@ -169,18 +169,22 @@ def _subgraph(graph: LocalGraph, name: str, path: tuple[str, ...], inside: list[
         operations=tuple(op.name for op in inside),
         inputs=tuple(dict.fromkeys(s for op in inside for s in op.inputs if s not in own and s not in sizes)),
         states=tuple(dict.fromkeys(s for op in inside for s in op.states)),
-        outputs=tuple(
-            Representation(op.name, _preactivation(graph, op, own), _feature_axis(graph, op)) for op in outputs
-        ),
+        outputs=tuple(_representation(graph, op, own) for op in outputs),
         regions=path[:-1],
     )
 
 
-def _preactivation(graph: LocalGraph, op: Operation, own: set[str]) -> str:
-    """Walk back over the elementwise tail, which must stay inside the subgraph."""
-    while op.pointwise and op.inputs[0] in own:
-        op = graph.operation[op.inputs[0]]
-    return op.name
+def _representation(graph: LocalGraph, output: Operation, own: set[str]) -> Representation:
+    """Walk back over discrete units and the elementwise tail before them, which must stay inside the subgraph."""
+    op, smooth = output, ""
+    while True:
+        if op.discrete_of in own:
+            op = graph.operation[op.discrete_of]
+            smooth = op.name
+        elif op.pointwise and op.inputs[0] in own:
+            op = graph.operation[op.inputs[0]]
+        else:
+            return Representation(output.name, op.name, _feature_axis(graph, output), smooth)
 
 
 _FEATURES_SECOND = ("conv", "batch_norm", "group_norm", "instance_norm", "_pool")

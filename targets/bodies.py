@@ -18,6 +18,24 @@ from graphlocal.ir import LocalGraph, Subgraph
 from graphlocal.rules import Neuron, Rule
 
 
+class ShortCircuit(torch.autograd.Function):
+    """The result of a discrete unit g(f), whose error goes to f as if g were the identity (times `sign`)."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, f: Tensor, sign: int) -> Tensor:
+        ctx.sign, ctx.shape, ctx.dtype = sign, f.shape, f.dtype
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *errors: Tensor) -> tuple[None, Tensor, None]:
+        return None, errors[0].sum_to_size(ctx.shape).to(ctx.dtype) * ctx.sign, None
+
+
+def pass_by(result: Tensor, f: Tensor, sign: int) -> Tensor:
+    """`ShortCircuit` as a function."""
+    return ShortCircuit.apply(result.detach(), f, sign)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph) -> fx.GraphModule:
     """A subgraph as a function: inputs, sizes and states in; representations, then pre-activations, out."""
     nodes = {node.name: node for node in source.graph.nodes}
@@ -39,6 +57,10 @@ def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph)
         if node.op == "call_module":
             attributes[str(node.target)] = source.get_submodule(str(node.target))
         copied[node] = body.node_copy(node, copied.__getitem__)
+        f = graph.operation[name].discrete_of
+        if f:
+            arguments = (copied[node], copied[nodes[f.removeprefix("-")]], -1 if f.startswith("-") else 1)
+            copied[node] = body.call_function(pass_by, arguments)
     z = [copied[nodes[output.value]] for output in subgraph.outputs]
     h = [copied[nodes[name]] for name in preactivations(subgraph)]
     body.output((*z, *h))
@@ -53,9 +75,10 @@ def sizes_read(graph: LocalGraph, subgraph: Subgraph) -> tuple[str, ...]:
 
 
 def preactivations(subgraph: Subgraph) -> tuple[str, ...]:
-    """The pre-activations of a subgraph that are not representations themselves."""
+    """The pre-activations (and values before discrete units) that are not representations themselves."""
     values = {output.value for output in subgraph.outputs}
-    return tuple(dict.fromkeys(o.preactivation for o in subgraph.outputs if o.preactivation not in values))
+    inner = (name for output in subgraph.outputs for name in (output.preactivation, output.smooth))
+    return tuple(dict.fromkeys(name for name in inner if name and name not in values))
 
 
 def tail_function(source: fx.GraphModule, tail: Sequence[str], start: str) -> Callable[[Tensor], Tensor]:

@@ -196,7 +196,7 @@ class _Emitter:
         value = output.value
         phi = tail_function(self.traced.module, self.graph.tail(output), output.preactivation)
         module = LocalError(self.rule, value, phi)
-        h, z = self.attached[output.preactivation], self.attached[value]
+        h, z = self.attached[output.preactivation], self.attached[output.smooth or value]
         error = self.call_module(f"e_{value}", module, h, z, displacement, self.batch)
         feeds.append((h if self.rule.feeds == "preactivation" else z, error))
         if self.rule.learns_feedback:

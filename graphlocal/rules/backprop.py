@@ -19,6 +19,7 @@ class Backprop(Rule):
 
     name: ClassVar[str] = "backprop"
     feedback: ClassVar[bool] = False
+    passes_discrete: ClassVar[bool] = False
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         chain = (vjp_connections(graph, neuron.subgraph) for neuron in graph.error_neurons)

@@ -23,7 +23,8 @@ from graphlocal.ir import OUTPUT, Connection, LocalGraph
 class Neuron:
     """What an error neuron sees of one representation, for the whole batch and without autograd.
 
-    h: pre-activation; z: representation, phi(h); phi: the elementwise tail. All three have one shape.
+    h: pre-activation; z: representation, phi(h), before a discrete unit if it has one; phi: the elementwise tail.
+    All three have one shape.
     """
 
     name: str
@@ -38,12 +39,13 @@ class Rule(ABC):
     feeds: where `local_error` enters the subgraph's own vector-Jacobian product: at the `"preactivation"` h
     (no derivative of phi) or at the `"representation"` z. depth: levels of the partition tree that the rule
     works on. feedback: whether its connections may carry feedback maps E. learns_feedback: whether those are
-    trained.
+    trained. passes_discrete: whether errors pass by discrete and stochastic units, which have no derivative.
     """
 
     name: ClassVar[str]
     depth: int = 1
     feedback: ClassVar[bool] = True
+    passes_discrete: ClassVar[bool] = True
 
     def __str__(self) -> str:
         """The rule's class with the options that differ from its defaults."""

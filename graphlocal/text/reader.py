@@ -29,7 +29,7 @@ from graphlocal.text.summary import SHORT_DTYPES
 HEADER = "graphlocal text 1"
 LONG_DTYPES = {short: dtype for dtype, short in SHORT_DTYPES.items()}
 SYMBOLS = frozenset({":", "=", "@", "|", "->"})
-NOTES = frozenset({"pointwise", "random", "writes", "effect", "flops", "group"})
+NOTES = frozenset({"pointwise", "random", "writes", "effect", "flops", "group", "discrete"})
 """What may follow a bar in the line of an operation, unless it is the source line."""
 BARE_WORD = re.compile(r'[^\s()\[\],;"]+')
 """What reads as one word without quotes, unless it is a symbol or a note."""
@@ -278,6 +278,8 @@ def _noted(line: _Line, op: Operation) -> Operation:
         return replace(op, flops=line.integer("the floating-point operations"))
     if line.take("group"):
         return replace(op, group=line.word("the name of a group"))
+    if line.take("discrete"):
+        return replace(op, discrete_of=line.word("the value before the discrete unit"))
     return replace(op, source=line.word("a source line or one of " + ", ".join(sorted(NOTES))))
 
 
@@ -289,8 +291,9 @@ def _filled(line: _Line, part: str, subgraph: Subgraph) -> Subgraph:
         return replace(subgraph, operations=line.words("the name of an operation"))
     value = line.word("the name of a value")
     before = line.word("the name of the pre-activation") if line.take("from") else value
+    smooth = line.word("the value before the discrete unit") if line.take("smooth") else ""
     line.expect("axis")
-    representation = Representation(value, before, line.integer("the feature axis"))
+    representation = Representation(value, before, line.integer("the feature axis"), smooth)
     return replace(subgraph, outputs=(*subgraph.outputs, representation))
 
 

@@ -82,6 +82,7 @@ def _operation(op: Operation) -> str:
     notes += [_effect(effect) for effect in op.effects]
     notes += [f"flops {op.flops}"] if op.flops else []
     notes += [f"group {_word(op.group)}"] if op.group else []
+    notes += [f"discrete {_word(op.discrete_of)}"] if op.discrete_of else []
     return " | ".join([line, *notes])
 
 
@@ -100,6 +101,7 @@ def _subgraph(subgraph: Subgraph) -> Iterator[str]:
     yield f"  runs {_words(subgraph.operations)}"
     for output in subgraph.outputs:
         before = f" from {_word(output.preactivation)}" if output.preactivation != output.value else ""
+        before += f" smooth {_word(output.smooth)}" if output.smooth else ""
         yield f"  gives {_word(output.value)}{before} axis {output.axis}"
 
 

@@ -15,7 +15,7 @@ from graphlocal.verify.rule import Broken, Rule, listed, place, repeated, shorte
 def influential_operations(graph: LocalGraph) -> frozenset[str]:
     """The operations through whose results a float output of the model can be differentiated.
 
-    A path ends at integer and boolean results, at `detach`, and where it would cross the boundary of a
+    Discrete units that errors pass by count as smooth. Else a path ends at integer and boolean results, at `detach`, and where it would cross the boundary of a
     subgraph as anything but a float tensor.
     """
     waiting = [value for value in graph.outputs if value in graph.operation and _is_float(graph, value)]
@@ -24,7 +24,8 @@ def influential_operations(graph: LocalGraph) -> frozenset[str]:
         value = waiting.pop()
         if value not in found and _carries(graph.operation[value]):
             found.add(value)
-            for source in graph.operation[value].inputs:
+            op = graph.operation[value]
+            for source in (*op.inputs, op.discrete_of.removeprefix("-")):
                 inside = graph.owner.get(source) == graph.owner.get(value)
                 if source in graph.operation and (inside or _is_float(graph, source)):
                     waiting.append(source)

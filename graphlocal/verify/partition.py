@@ -172,11 +172,14 @@ def _tail(graph: LocalGraph) -> Iterator[Broken]:
 
 
 def _tail_problem(graph: LocalGraph, members: Iterable[str], output: Representation) -> str | None:
-    value = output.value
-    while value != output.preactivation:
+    value, passed = output.value, not output.smooth
+    while value != output.preactivation or not passed:
         op = graph.operation.get(value)
         if op is None or value not in members:
             return f"on the way back to it comes {value!r}, which is not in the subgraph"
+        if output.smooth and op.discrete_of:
+            value, passed = op.discrete_of, op.discrete_of == output.smooth
+            continue
         if not op.pointwise or len(op.inputs) != 1 or op.states or op.effects:
             return f"on the way back to it comes {value!r}, which is not an elementwise function of one tensor"
         value = op.inputs[0]

@@ -1,0 +1,1 @@
+"""The zoo: models that nobody here wrote, each compiled and compared with autograd. Run `python -m benchmarks.zoo`."""

@@ -1,0 +1,108 @@
+"""FindDiscreteUnits: mark sign, round, thresholds and samples, which stop a gradient, for errors to pass by.
+
+A discrete unit g(f) takes a float value f to a float value and has no useful derivative: one operation (`sign`,
+`round`, `heaviside`, `bernoulli`), or a comparison and what makes a float of it (`(f > 1).float()`, `rand < f`).
+It is marked where it would stop learning: f depends on a trainable parameter, the unit's result can reach an output
+of the model, and no derivative of an output with respect to f exists by any other way. So a gate `f * (f > 0)` is left
+alone, since its product rule is right.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from graphlocal.ir import LocalGraph, Operation
+
+_UNIT = re.compile(r"aten\.(sign|sgn|round|floor|ceil|trunc|fix|heaviside|bernoulli)\.(default|out|decimals)$")
+_RISING, _FALLING = re.compile(r"aten\.(gt|ge)\."), re.compile(r"aten\.(lt|le)\.")
+_CONVERTS = re.compile(r"aten\.(to|_to_copy|type_as|where|mul)\b")
+_NO_DERIVATIVE = re.compile(r"aten\.(detach|\w+_like|new_\w+|bernoulli\.p)\b")
+
+
+@dataclass(frozen=True)
+class FindDiscreteUnits:
+    """Set `discrete_of` on the last operation of every discrete unit, and group the unit's operations."""
+
+    name: str = "discrete-units"
+
+    def apply(self, graph: LocalGraph) -> LocalGraph:
+        units = _units(graph)
+        changed: dict[str, Operation] = {}
+        for last, (f, chain) in units.items():
+            group = next((graph.operation[op].group for op in chain if graph.operation[op].group), f"unit {last}")
+            for name in chain if len(chain) > 1 else ():
+                changed[name] = replace(changed.get(name, graph.operation[name]), group=group)
+            changed[last] = replace(changed.get(last, graph.operation[last]), discrete_of=f)
+        return replace(graph, operations=tuple(changed.get(op.name, op) for op in graph.operations)) if units else graph
+
+
+def _units(graph: LocalGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """For the last operation of each unit: f, with its sign, and the unit's operations."""
+    learning = _learning_values(graph)
+    smooth = {value for value in graph.outputs if _is_float(graph, value)}  # by derivatives alone
+    reached = set(smooth)  # also past units
+    candidates: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {}  # by f: (last, f with sign, operations)
+    pending: dict[str, tuple[str, ...]] = {}  # comparisons whose float result is reached: the chain after them
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for op in reversed(graph.operations):
+        if op.name in candidates and op.name not in smooth:
+            reached.add(op.name)
+            found.update({last: (f, chain) for last, f, chain in candidates[op.name]})
+        if op.name in pending:
+            chain = (op.name, *pending[op.name])
+            for f, sign in _compared(graph, op, learning):
+                candidates.setdefault(f, []).append((chain[-1], sign + f, chain))
+        elif op.name in reached:
+            source = _converted(graph, op)
+            if _UNIT.match(op.target):
+                candidates.setdefault(op.inputs[0], []).append((op.name, op.inputs[0], (op.name,)))
+            elif source is not None:
+                pending[source] = (op.name,)
+            elif not _NO_DERIVATIVE.match(op.target):
+                sources = {value for value in op.inputs if _carries(graph, value)}
+                reached |= sources
+                smooth |= sources if op.name in smooth else set()
+    return {last: unit for last, unit in found.items() if unit[0].removeprefix("-") in learning}
+
+
+def _learning_values(graph: LocalGraph) -> set[str]:
+    """The float values that depend on a trainable parameter, also past discrete units."""
+    found: set[str] = set()
+    for op in graph.operations:
+        reads = any(graph.state[name].trainable for name in op.states) or not found.isdisjoint(op.inputs)
+        if reads and not _NO_DERIVATIVE.match(op.target):
+            found.add(op.name)
+    return {name for name in found if _carries(graph, name)}
+
+
+def _compared(graph: LocalGraph, op: Operation, learning: set[str]) -> list[tuple[str, str]]:
+    """The float operand of a comparison that learns, and the sign with which the result follows it."""
+    if not (_RISING.match(op.target) or _FALLING.match(op.target)):
+        return []
+    operands = [value for value in op.inputs if value in learning]
+    if len(operands) != 1:
+        return []
+    first = op.inputs[0] == operands[0]
+    return [(operands[0], "" if bool(_RISING.match(op.target)) == first else "-")]
+
+
+def _converted(graph: LocalGraph, op: Operation) -> str | None:
+    """The comparison that the operation makes a float of."""
+    if not _CONVERTS.match(op.target) or not op.inputs:
+        return None
+    source = graph.operation.get(op.inputs[0])
+    constants = all(not _carries(graph, value) for value in op.inputs[1:])
+    boolean = source is not None and source.type is not None and source.type.dtype == "bool"
+    return source.name if source is not None and boolean and constants else None
+
+
+def _carries(graph: LocalGraph, value: str) -> bool:
+    """Whether a derivative can pass through a value; a tuple may hold floats."""
+    op = graph.operation.get(value)
+    return op is not None and (op.type is None or op.type.is_float)
+
+
+def _is_float(graph: LocalGraph, value: str) -> bool:
+    known = graph.type(value) if value in graph.operation else None
+    return known is not None and known.is_float
