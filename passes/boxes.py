@@ -66,7 +66,8 @@ def complete(graph: LocalGraph, operations: Sequence[Operation], given: Labels) 
     trailing = _trailing(graph, operations, found)
     readers = readers_of(operations)
     for op in operations:  # case 2
-        if op.name not in found and (op.pointwise or op.discrete_of or _COMBINES.match(op.target)) and op.name not in trailing:
+        follows = op.pointwise or op.discrete_of or _COMBINES.match(op.target)
+        if follows and op.name not in found and op.name not in trailing:
             _join_producer(op, found, position, members)
     for op in reversed(operations):  # case 3
         if op.name not in found and op.name not in trailing:

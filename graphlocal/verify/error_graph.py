@@ -15,8 +15,8 @@ from graphlocal.verify.rule import Broken, Rule, listed, place, repeated, shorte
 def influential_operations(graph: LocalGraph) -> frozenset[str]:
     """The operations through whose results a float output of the model can be differentiated.
 
-    Discrete units that errors pass by count as smooth. Else a path ends at integer and boolean results, at `detach`, and where it would cross the boundary of a
-    subgraph as anything but a float tensor.
+    Discrete units that errors pass by count as smooth. Else a path ends at integer and boolean results, at
+    `detach`, and where it would cross the boundary of a subgraph as anything but a float tensor.
     """
     waiting = [value for value in graph.outputs if value in graph.operation and _is_float(graph, value)]
     found: set[str] = set()
