@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import Arguments
 from graphlocal.errors import InputError
+from graphlocal.feedback import weight_names
 from graphlocal.guards import has_guards
 from graphlocal.ir import LocalGraph
 from graphlocal.lift import lift
@@ -25,7 +26,7 @@ from graphlocal.passes.schedule import Schedule
 from graphlocal.passes.skip_errors import InsertSkipErrors
 from graphlocal.pipeline import PassRecord, run
 from graphlocal.rules import Rule
-from graphlocal.targets.eager import emit, weight_names
+from graphlocal.targets.eager import emit
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace

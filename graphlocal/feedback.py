@@ -105,6 +105,31 @@ def _match(
     return tuple(pairs)
 
 
+def weight_names(graph: LocalGraph) -> dict[str, tuple[str, ...]]:
+    """The attribute names of the factors of each feedback connection's E, by the connection's name.
+
+    Calls of one module share E as they share their weights: the copies of an unrolled layer (LRA, appendix B).
+    """
+    first: dict[object, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
+    for connection in graph.connections:
+        if connection.kind == "feedback":
+            name = first.setdefault(shared_map(graph, connection), f"{connection.value}_from_{connection.source_value}")
+            whole = len(connection.weight) == 2
+            found[connection.name] = (name,) if whole else (f"{name}_left", f"{name}_right")
+    return found
+
+
+def shared_map(graph: LocalGraph, connection: Connection) -> object:
+    """Equal for connections that share their E.
+
+    Their ends are at the same places of other calls of the same modules, in subgraphs that train the same parameters.
+    """
+    ends = ((connection.source, connection.source_value), (connection.target, connection.value))
+    places = [(graph.place_in_module[value], graph.trainable(graph.subgraph[name])) for name, value in ends]
+    return (*places, connection.weight)
+
+
 def cotangent_update(map_: Layout, factors: Sequence[Tensor], error: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
     """Sum over batch and positions of C eᵀ: the gradient of <C, E e> with respect to E's factors."""
     with torch.enable_grad():

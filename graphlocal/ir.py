@@ -17,6 +17,8 @@ A `LocalGraph` never holds tensors or Python code; operations name the nodes of 
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -261,6 +263,16 @@ class LocalGraph:
     def trainable(self, subgraph: Subgraph) -> tuple[str, ...]:
         """The names of the subgraph's trainable parameters."""
         return tuple(name for name in subgraph.states if self.state[name].trainable)
+
+    @cached_property
+    def place_in_module(self) -> dict[str, tuple[str, int]]:
+        """Each operation's module without the number of its call, and its place among that call's operations."""
+        counts: Counter[str] = Counter()
+        found = {}
+        for op in self.operations:
+            found[op.name] = re.sub(r"@\d+", "", op.module), counts[op.module]
+            counts[op.module] += 1
+        return found
 
     def tail(self, output: Representation) -> tuple[str, ...]:
         """The operations of phi, from the one after the pre-activation to the (smooth) representation itself."""

@@ -13,11 +13,11 @@ import re
 from dataclasses import dataclass, replace
 
 from graphlocal.ir import LocalGraph, Operation
+from graphlocal.verify import carries_derivative, has_no_derivative, learning_values
 
 _UNIT = re.compile(r"aten\.(sign|sgn|round|floor|ceil|trunc|fix|heaviside|bernoulli)\.(default|out|decimals)$")
 _RISING, _FALLING = re.compile(r"aten\.(gt|ge)\."), re.compile(r"aten\.(lt|le)\.")
 _CONVERTS = re.compile(r"aten\.(to|_to_copy|type_as|where|mul)\b")
-_NO_DERIVATIVE = re.compile(r"aten\.(detach|\w+_like|new_\w+|bernoulli\.p)\b")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FindDiscreteUnits:
 
 def _units(graph: LocalGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
     """For the last operation of each unit: f, with its sign, and the unit's operations."""
-    learning = _learning_values(graph)
+    learning = learning_values(graph)
     smooth = {value for value in graph.outputs if _is_float(graph, value)}  # by derivatives alone
     reached = set(smooth)  # also past units
     candidates: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {}  # by f: (last, f with sign, operations)
@@ -59,24 +59,14 @@ def _units(graph: LocalGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
                 candidates.setdefault(op.inputs[0], []).append((op.name, op.inputs[0], (op.name,)))
             elif source is not None:
                 pending[source] = (op.name,)
-            elif not _NO_DERIVATIVE.match(op.target):
-                sources = {value for value in op.inputs if _carries(graph, value)}
+            elif not has_no_derivative(op):
+                sources = {value for value in op.inputs if _may_carry(graph, value)}
                 reached |= sources
                 smooth |= sources if op.name in smooth else set()
     return {last: unit for last, unit in found.items() if unit[0].removeprefix("-") in learning}
 
 
-def _learning_values(graph: LocalGraph) -> set[str]:
-    """The float values that depend on a trainable parameter, also past discrete units."""
-    found: set[str] = set()
-    for op in graph.operations:
-        reads = any(graph.state[name].trainable for name in op.states) or not found.isdisjoint(op.inputs)
-        if reads and not _NO_DERIVATIVE.match(op.target):
-            found.add(op.name)
-    return {name for name in found if _carries(graph, name)}
-
-
-def _compared(graph: LocalGraph, op: Operation, learning: set[str]) -> list[tuple[str, str]]:
+def _compared(graph: LocalGraph, op: Operation, learning: frozenset[str]) -> list[tuple[str, str]]:
     """The float operand of a comparison that learns, and the sign with which the result follows it."""
     if not (_RISING.match(op.target) or _FALLING.match(op.target)):
         return []
@@ -92,15 +82,13 @@ def _converted(graph: LocalGraph, op: Operation) -> str | None:
     if not _CONVERTS.match(op.target) or not op.inputs:
         return None
     source = graph.operation.get(op.inputs[0])
-    constants = all(not _carries(graph, value) for value in op.inputs[1:])
+    constants = all(not _may_carry(graph, value) for value in op.inputs[1:])
     boolean = source is not None and source.type is not None and source.type.dtype == "bool"
     return source.name if source is not None and boolean and constants else None
 
 
-def _carries(graph: LocalGraph, value: str) -> bool:
-    """Whether a derivative can pass through a value; a tuple may hold floats."""
-    op = graph.operation.get(value)
-    return op is not None and (op.type is None or op.type.is_float)
+def _may_carry(graph: LocalGraph, value: str) -> bool:
+    return value in graph.operation and carries_derivative(graph.operation[value])
 
 
 def _is_float(graph: LocalGraph, value: str) -> bool:

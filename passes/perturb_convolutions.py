@@ -9,7 +9,6 @@ Unlike the other passes it comes before tracing and rewrites modules, not a grap
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from graphlocal.arguments import Arguments, Binder, ExampleInputs
 from graphlocal.errors import InputError
 from graphlocal.nn import PerturbativeConv2d
+from graphlocal.passes.rewriting import aligned, copy_sharing_tensors, has_hooks, shown_path
 from graphlocal.preserve import preserved, preserved_random_state
 
 Size = tuple[int, int]
@@ -73,10 +73,10 @@ class PerturbReport:
             f"{self.model}: {count} of {count + len(self.left_alone)} convolutions became perturbative layers",
             f"{self.before:,} -> {self.after:,} parameters {change}, {self.noise:,} fixed noise values",
         ]
-        rows = [(_shown(r.path), f"{r.before:,}", f"{r.after:,}", f"{r.noise:,}") for r in self.replaced]
-        lines += ["", *_table([("replaced", "before", "after", "noise"), *rows])]
+        rows = [(shown_path(r.path), f"{r.before:,}", f"{r.after:,}", f"{r.noise:,}") for r in self.replaced]
+        lines += ["", *aligned([("replaced", "before", "after", "noise"), *rows])]
         if self.left_alone:
-            lines += ["", *_table([("left alone", ""), *((_shown(r.path), r.why) for r in self.left_alone)])]
+            lines += ["", *aligned([("left alone", ""), *((shown_path(r.path), r.why) for r in self.left_alone)])]
         return "\n".join(lines)
 
 
@@ -117,7 +117,7 @@ class PerturbConvolutions:
         convolution can be replaced.
         """
         arguments = _arguments(model, example_inputs)
-        new = _copy(model)
+        new = copy_sharing_tensors(model)
         calls = _calls(new, arguments)
         reasons = {conv: _why_left_alone(new, conv, sizes) for conv, sizes in calls.items()}
         chosen = {conv: sizes[0][0] for conv, sizes in calls.items() if reasons[conv] is None}
@@ -126,7 +126,7 @@ class PerturbConvolutions:
         if not chosen:
             raise InputError(
                 f"no convolution of {type(model).__name__} can be replaced by a perturbative layer",
-                why="; ".join(f"{_shown(row.path)}: {row.why}" for row in left) or "it has no convolution",
+                why="; ".join(f"{shown_path(row.path)}: {row.why}" for row in left) or "it has no convolution",
                 remedy="use 'same' padding in the convolutions that are to be replaced",
             )
         layers = self._layers(chosen)
@@ -161,19 +161,6 @@ def _arguments(model: nn.Module, example_inputs: ExampleInputs) -> Arguments:
     return Binder(model).example(example_inputs)
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy that shares all parameters and buffers with the model."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    try:
-        return copy.deepcopy(model, shared)
-    except Exception as error:
-        raise InputError(
-            f"{type(model).__name__} can't be copied",
-            why=f"{type(error).__name__}: {error}",
-            remedy="keep in the model's attributes only what copy.deepcopy can copy",
-        ) from error
-
-
 def _calls(model: nn.Module, arguments: Arguments) -> Calls:
     """Run the model once in evaluation mode, without a trace on it, and watch its convolutions."""
     calls: Calls = {module: [] for module in model.modules() if isinstance(module, _ConvNd)}
@@ -204,7 +191,7 @@ def _why_left_alone(model: nn.Module, conv: nn.Module, sizes: list[tuple[Size, S
     """Why a convolution can't be replaced, by the numbers in PerturbConvolutions; None if it can."""
     if type(conv) is not nn.Conv2d:
         return f"a {type(conv).__name__}, not a plain Conv2d"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+    if has_hooks(conv):
         return "it has hooks, such as those of weight_norm"
     if conv.groups != 1:
         return f"grouped (groups={conv.groups})"
@@ -257,18 +244,3 @@ def _count(module: nn.Module) -> int:
 
 def _by(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
-
-
-def _shown(path: str) -> str:
-    return path or "(the model)"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numeric = len(widths) > 2
-    lines = []
-    for first, *rest in rows:
-        cells = [cell.rjust(width) if numeric else cell for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return lines

@@ -9,12 +9,13 @@ training loops in which the loss is the user's own code.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from graphlocal.feedback import layout
+from graphlocal.feedback import layout, weight_names
 from graphlocal.ir import Connection, LocalGraph, Representation, Subgraph
 from graphlocal.rules import Rule
 from graphlocal.targets.bodies import (
@@ -69,16 +70,6 @@ def emit(
     return _Emitter(graph, traced, model, rule, error_weights, fused).emit()
 
 
-def weight_names(graph: LocalGraph) -> dict[str, tuple[str, ...]]:
-    """The attribute names of the factors of each feedback connection's E, by the connection's name."""
-    feedback = [c for c in graph.connections if c.kind == "feedback"]
-    names = {c.name: f"{c.value}_from_{c.source_value}" for c in feedback}
-    return {
-        c.name: (names[c.name],) if len(c.weight) == 2 else (f"{names[c.name]}_left", f"{names[c.name]}_right")
-        for c in feedback
-    }
-
-
 class _Emitter:
     def __init__(self, graph: LocalGraph, traced: TracedModel, model: nn.Module, rule: Rule,
                  error_weights: nn.Module, fused: bool) -> None:  # fmt: skip
@@ -98,6 +89,7 @@ class _Emitter:
         self.gradients: dict[str, list[fx.Node]] = {}  # contributions to each parameter and E
         self.input_gradients: dict[str, list[fx.Node]] = {}
         self.weight_names = weight_names(graph)
+        self.waiting = Counter(f"error_weights.{names[0]}" for names in self.weight_names.values())  # E's connections
         self.output_error: fx.Node | None = None
         self.last_user = {
             name: subgraph.name for subgraph in self._update_order() for name in graph.trainable(subgraph)
@@ -213,8 +205,10 @@ class _Emitter:
         node = self.call_module(f"{connection.value}_from_{connection.source_value}_update", update,
                                 h, z, displacement, source, self.batch, *map(self._get, names))  # fmt: skip
         for i, name in enumerate(names):
-            self.gradients[name] = [self.call(operator.getitem, node, i)]
-        self._apply(names)
+            self.gradients.setdefault(name, []).append(self.call(operator.getitem, node, i))
+        self.waiting[names[0]] -= 1
+        if not self.waiting[names[0]]:
+            self._apply(names)
 
     def _message(self, connection: Connection) -> list[fx.Node]:
         """The messages of one connection; a value that the model returns twice has two errors."""

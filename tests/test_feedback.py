@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 import graphlocal
 import zoo
-from graphlocal.feedback import Layout, cotangent_update, layout
+from graphlocal.feedback import Layout, cotangent_update, layout, weight_names
 from graphlocal.ir import Connection, LocalGraph
 from graphlocal.rules import RecLRA
-from graphlocal.targets.eager import weight_names
 
 DOUBLE = torch.float64
 WHOLE = RecLRA(feedback_share=1e6, feedback_total=1e6)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import graphlocal
 import zoo
+from graphlocal.feedback import weight_names
 from graphlocal.rules import RecLRA
-from graphlocal.targets.eager import weight_names
 
 KINDS = (
     "mlp", "dropout_mlp", "frozen_middle", "residual_mlp", "called_twice", "tied_weight", "siamese", "nested_output",

@@ -15,8 +15,8 @@ from training import assert_same_gradients
 
 import graphlocal
 import zoo
+from graphlocal.feedback import weight_names
 from graphlocal.rules import RecLRA
-from graphlocal.targets.eager import weight_names
 
 DOUBLE = torch.float64
 EXACT = {"rtol": 1e-12, "atol": 1e-14}

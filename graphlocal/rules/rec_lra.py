@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from graphlocal.errors import InputError
+from graphlocal.feedback import shared_map
 from graphlocal.ir import Connection, LocalGraph, Subgraph
 from graphlocal.rules.base import Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.verify import learning_values
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class RecLRA(Rule):
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         exact, sources = self._exact_paths(graph)
         wired = {(c.target, c.value) for c in exact}
+        learning = learning_values(graph)
+        wired.update((s.name, z.value) for s in graph.subgraphs for z in s.outputs if z.value not in learning)
         skip_errors = _skip_errors(graph, sources, graph.subgraphs, 0, wired)
         return (*exact, *self._bounded(graph, skip_errors))
 
@@ -81,7 +85,8 @@ class RecLRA(Rule):
         """Connections whose feedback maps keep to `feedback_share` and `feedback_total`."""
         parameters = sum(math.prod(map(int, s.type.shape)) for s in graph.states if s.trainable)
         limit = int(self.feedback_share * parameters)
-        wanted = sum(min(math.prod(c.weight), limit) for c in connections)
+        maps = {shared_map(graph, c): c for c in connections}.values()
+        wanted = sum(min(math.prod(c.weight), limit) for c in maps)
         limit = min(limit, int(limit * self.feedback_total * parameters / max(wanted, 1)))
         return [replace(c, weight=_fitting(c.weight, limit)) for c in connections]
 
@@ -129,7 +134,7 @@ def _skip_errors(
 ) -> list[Connection]:
     """Wire `sources` to the exits of each unit at this level of the partition tree, then go into each unit.
 
-    wired: the (subgraph, value) pairs that have their error already; grows.
+    wired: the (subgraph, value) pairs that have their error already, or learn nothing; grows.
     """
     units: dict[str, list[Subgraph]] = {}
     for subgraph in inside:

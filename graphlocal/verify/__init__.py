@@ -17,11 +17,26 @@ from collections.abc import Iterable, Iterator
 from graphlocal.errors import InputError, VerifyError, nearest
 from graphlocal.ir import LocalGraph
 from graphlocal.verify import error_graph, operations, partition, schedule
-from graphlocal.verify.error_graph import influential_operations
+from graphlocal.verify.error_graph import (
+    carries_derivative,
+    has_no_derivative,
+    influential_operations,
+    learning_values,
+)
 from graphlocal.verify.rule import Rule
 from graphlocal.verify.schedule import action_dependencies
 
-__all__ = ["RULES", "Rule", "action_dependencies", "influential_operations", "verify", "violations"]
+__all__ = [
+    "RULES",
+    "Rule",
+    "action_dependencies",
+    "carries_derivative",
+    "has_no_derivative",
+    "influential_operations",
+    "learning_values",
+    "verify",
+    "violations",
+]
 
 _TABLES = (operations.RULES, partition.RULES, error_graph.RULES, schedule.RULES)
 RULES: dict[str, Rule] = {rule.name: rule for table in _TABLES for rule in table}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -22,7 +23,7 @@ def influential_operations(graph: LocalGraph) -> frozenset[str]:
     found: set[str] = set()
     while waiting:
         value = waiting.pop()
-        if value not in found and _carries(graph.operation[value]):
+        if value not in found and carries_derivative(graph.operation[value]):
             found.add(value)
             op = graph.operation[value]
             for source in (*op.inputs, op.discrete_of.removeprefix("-")):
@@ -32,7 +33,25 @@ def influential_operations(graph: LocalGraph) -> frozenset[str]:
     return frozenset(found)
 
 
-def _carries(op: Operation) -> bool:
+def learning_values(graph: LocalGraph) -> frozenset[str]:
+    """The float values that depend on a trainable parameter, also by way of discrete units."""
+    found: set[str] = set()
+    for op in graph.operations:
+        reads = any(graph.state[name].trainable for name in op.states) or not found.isdisjoint(op.inputs)
+        if reads and not has_no_derivative(op):
+            found.add(op.name)
+    return frozenset(name for name in found if carries_derivative(graph.operation[name]))
+
+
+_NO_DERIVATIVE = re.compile(r"aten\.(detach|\w+_like|new_\w+|bernoulli\.p)\b")
+
+
+def has_no_derivative(op: Operation) -> bool:
+    """Whether the operation takes nothing from its inputs but sizes, or their values without a derivative."""
+    return _NO_DERIVATIVE.match(op.target) is not None
+
+
+def carries_derivative(op: Operation) -> bool:
     """Whether a derivative can pass through the operation; a tuple may hold floats."""
     numeric = op.type is None or op.type.is_float or op.type.dtype.startswith("complex")
     return numeric and ".detach" not in op.target
