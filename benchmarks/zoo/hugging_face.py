@@ -1,0 +1,231 @@
+"""transformers' models as tiny random configurations: encoders, decoders, encoder-decoders, vision, audio and more.
+
+What skips layers or masks inputs by Python's or NumPy's random numbers (layerdrop, SpecAugment) is off: that is another
+question than whether the architecture compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo.case import Case
+
+WORDS, BATCH, LENGTH, IMAGE = 99, 2, 8, 32
+Inputs = Callable[[], dict[str, Tensor]]
+
+TEXT = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 64, "max_position_embeddings": 32, "pad_token_id": 0}  # fmt: skip
+DECODER = TEXT | {"use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = DECODER | {"num_key_value_heads": 2}
+GPT = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "use_cache": False,
+       "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+PAIR = {"vocab_size": WORDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 32,
+        "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "use_cache": False, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}  # fmt: skip
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+          "image_size": IMAGE, "patch_size": 8}  # fmt: skip
+AUDIO = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+         "conv_dim": (16, 16, 16), "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2), "num_feat_extract_layers": 3,
+         "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0,
+         "apply_spec_augment": False, "vocab_size": WORDS}  # fmt: skip
+EXPERTS = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def tokens() -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(3, WORDS, (BATCH, LENGTH))}
+
+
+def masked() -> dict[str, Tensor]:
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    mask[0, -2:] = 0
+    return tokens() | {"attention_mask": mask}
+
+
+def answer() -> dict[str, Tensor]:
+    return {"decoder_input_ids": torch.randint(3, WORDS, (BATCH, 6))}
+
+
+def pair() -> dict[str, Tensor]:
+    return tokens() | answer()
+
+
+def images(size: int = IMAGE) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(BATCH, 3, size, size)}
+
+
+def captioned(size: int = IMAGE) -> dict[str, Tensor]:
+    return masked() | images(size)
+
+
+def waves() -> dict[str, Tensor]:
+    return {"input_values": torch.randn(BATCH, 800)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """config, model: transformers' class names. options: of the config."""
+
+    config: str
+    model: str
+    options: dict[str, Any]
+    inputs: Inputs = masked
+
+    def make(self) -> nn.Module:
+        import transformers
+
+        return getattr(transformers, self.model)(getattr(transformers, self.config)(**self.options))
+
+
+def _named(stem: str, options: dict[str, Any], inputs: Inputs = masked, head: str = "Model") -> Architecture:
+    return Architecture(f"{stem}Config", f"{stem}{head}", options, inputs)
+
+
+LM = "ForCausalLM"
+ENCODERS = {
+    "bert": _named("Bert", TEXT),
+    "bert-classifier": _named("Bert", TEXT | {"num_labels": 3}, head="ForSequenceClassification"),
+    "roberta": _named("Roberta", TEXT | {"pad_token_id": 1}, tokens),
+    "distilbert": _named("DistilBert", {"vocab_size": WORDS, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
+    "albert": _named("Albert", TEXT | {"embedding_size": 16}),
+    "electra": _named("Electra", TEXT | {"embedding_size": 16}),
+    "deberta-v2": _named(
+        "DebertaV2", TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+    ),  # fmt: skip
+    "mpnet": _named("MPNet", TEXT | {"pad_token_id": 1}, tokens),
+    "modernbert": _named("ModernBert", TEXT | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 4}),
+    "convbert": _named("ConvBert", TEXT | {"embedding_size": 32, "head_ratio": 2}),
+    "fnet": _named("FNet", TEXT | {"tpu_short_seq_length": 8}, tokens),
+    "squeezebert": _named("SqueezeBert", TEXT | {"embedding_size": 32}),
+    "megatron-bert": _named("MegatronBert", TEXT),
+    "xlnet": _named(
+        "XLNet", {"vocab_size": WORDS, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "use_mems_train": False}
+    ),  # fmt: skip
+}
+DECODERS = {
+    "gpt2": _named("GPT2", GPT, head="LMHeadModel"),
+    "gpt-neox": _named("GPTNeoX", DECODER, head=LM),
+    "gptj": _named("GPTJ", GPT | {"rotary_dim": 4}, head=LM),
+    "gpt-neo": _named(
+        "GPTNeo",
+        {
+            "vocab_size": WORDS,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 32,
+            "use_cache": False,
+        },
+        head=LM,
+    ),  # fmt: skip
+    "opt": _named("OPT", DECODER | {"ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.0}, head=LM),
+    "llama": _named("Llama", GROUPED, head=LM),
+    "mistral": _named("Mistral", GROUPED | {"sliding_window": 4}, head=LM),
+    "qwen2": _named("Qwen2", GROUPED, head=LM),
+    "qwen3": _named("Qwen3", GROUPED | {"head_dim": 8}, head=LM),
+    "gemma2": _named("Gemma2", GROUPED | {"head_dim": 8, "sliding_window": 4}, head=LM),
+    "gemma3": Architecture("Gemma3TextConfig", "Gemma3ForCausalLM", GROUPED | {"head_dim": 8, "sliding_window": 4}),
+    "phi": _named("Phi", DECODER, head=LM),
+    "phi3": _named("Phi3", GROUPED, head=LM),
+    "falcon": _named("Falcon", DECODER, head=LM),
+    "bloom": _named(
+        "Bloom", {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 2, "n_head": 4, "use_cache": False}, head=LM
+    ),  # fmt: skip
+    "mpt": _named(
+        "Mpt",
+        {"vocab_size": WORDS, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 32, "use_cache": False},
+        head=LM,
+    ),  # fmt: skip
+    "olmo2": _named("Olmo2", GROUPED, head=LM),
+    "stablelm": _named("StableLm", GROUPED, head=LM),
+    "starcoder2": _named("Starcoder2", GROUPED, head=LM),
+    "cohere": _named("Cohere", GROUPED, head=LM),
+    "glm": _named("Glm", GROUPED | {"head_dim": 8}, head=LM),
+    "granite": _named("Granite", GROUPED, head=LM),
+}
+ENCODER_DECODERS = {
+    "t5": _named("T5", {"vocab_size": WORDS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+                        "use_cache": False, "decoder_start_token_id": 0}, pair, "ForConditionalGeneration"),
+    "bart": _named("Bart", PAIR, pair),
+    "mbart": _named("MBart", PAIR, pair),
+    "pegasus": _named("Pegasus", PAIR, pair),
+    "marian": _named("Marian", PAIR, pair),
+    "m2m-100": _named("M2M100", PAIR, pair),
+    "blenderbot": _named("Blenderbot", PAIR, pair),
+}  # fmt: skip
+VISION_MODELS = {
+    "vit": _named("ViT", VISION, images),
+    "deit": _named("DeiT", VISION, images),
+    "beit": _named("Beit", VISION | {"out_indices": [0, 1], "drop_path_rate": 0.0}, images),
+    "dinov2": _named("Dinov2", VISION, images),
+    "swin": _named("Swin", {"image_size": IMAGE, "patch_size": 2, "embed_dim": 16, "depths": [1, 2],
+                            "num_heads": [2, 4], "window_size": 4, "drop_path_rate": 0.0}, images),
+    "swinv2": _named("Swinv2", {"image_size": IMAGE, "patch_size": 2, "embed_dim": 16, "depths": [1, 2],
+                                "num_heads": [2, 4], "window_size": 4, "drop_path_rate": 0.0}, images),
+    "convnext": _named("ConvNext", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}, images),
+    "convnextv2": _named("ConvNextV2", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}, images),
+    "segformer": _named("Segformer", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "drop_path_rate": 0.0,
+                                      "num_attention_heads": [1, 2, 2, 4], "num_labels": 5,
+                                      "decoder_hidden_size": 16}, partial(images, 64), "ForSemanticSegmentation"),
+    "mobilevit": _named("MobileViT", {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 32],
+                                      "num_attention_heads": 2, "image_size": 64}, partial(images, 64)),
+    "resnet": _named("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]},
+                     partial(images, 64)),
+    "regnet": _named("RegNet", {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1],
+                                "groups_width": 4}, partial(images, 64)),
+    "poolformer": _named("PoolFormer", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
+                                        "drop_path_rate": 0.0}, partial(images, 64)),
+    "pvt": _named("Pvt", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 64,
+                          "num_attention_heads": [1, 2, 2, 4], "drop_path_rate": 0.0}, partial(images, 64)),
+    "vit-msn": _named("ViTMSN", VISION, images),
+    "efficientnet": _named("EfficientNet", {"width_coefficient": 0.25, "depth_coefficient": 0.25, "image_size": 64,
+                                            "hidden_dim": 320, "drop_connect_rate": 0.0}, partial(images, 64)),
+}  # fmt: skip
+AUDIO_MODELS = {
+    "wav2vec2": _named("Wav2Vec2", AUDIO, waves),
+    "hubert": _named("Hubert", AUDIO, waves),
+    "wavlm": _named("WavLM", AUDIO | {"num_buckets": 8}, waves),
+    "whisper": _named("Whisper", PAIR | {"num_mel_bins": 16, "max_source_positions": 16, "max_target_positions": 16},
+                      lambda: {"input_features": torch.randn(BATCH, 16, 32)} | answer()),
+    "audio-spectrogram-transformer": _named("AST", TEXT | {"patch_size": 8, "max_length": 40, "num_mel_bins": 32},
+                                            lambda: {"input_values": torch.randn(BATCH, 40, 32)}),
+}  # fmt: skip
+OTHERS = {
+    "clip": _named("CLIP", {"text_config": DECODER | {"eos_token_id": 98}, "vision_config": VISION,
+                            "projection_dim": 16}, captioned),
+    "siglip": _named("Siglip", {"text_config": TEXT, "vision_config": VISION}, lambda: tokens() | images()),
+    "vilt": _named("Vilt", TEXT | {"image_size": IMAGE, "patch_size": 8, "max_image_length": -1}, captioned),
+    "blip": _named("Blip", {"text_config": TEXT | {"encoder_hidden_size": 32}, "vision_config": VISION,
+                            "projection_dim": 16}, captioned),
+    "mamba": _named("Mamba", {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4,
+                              "use_cache": False}, tokens, LM),
+    "mamba2": _named("Mamba2", {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8,
+                                "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 4, "use_cache": False},
+                     tokens, LM),
+    "rwkv": _named("Rwkv", {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32,
+                            "intermediate_size": 64, "context_length": 32, "use_cache": False}, tokens, LM),
+    "mixtral": _named("Mixtral", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}, head=LM),
+    "qwen2-moe": _named("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 32}, head=LM),
+    "olmoe": _named("Olmoe", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}, head=LM),
+    "switch-transformers": _named("SwitchTransformers", {
+        "vocab_size": WORDS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_heads": 4, "num_experts": 2,
+        "expert_capacity": 16, "use_cache": False, "decoder_start_token_id": 0}, pair),
+    "patchtst": _named("PatchTST", {"num_input_channels": 3, "context_length": 16, "patch_length": 4,
+                                    "patch_stride": 4, "d_model": 16, "num_hidden_layers": 2,
+                                    "num_attention_heads": 4, "ffn_dim": 32, "prediction_length": 4},
+                       lambda: {"past_values": torch.randn(BATCH, 16, 3)}, "ForPrediction"),
+    "layoutlm": _named("LayoutLM", TEXT, lambda: tokens() | {"bbox": torch.randint(0, 100, (BATCH, LENGTH, 4)).sort()[0]}),
+}  # fmt: skip
+
+
+def cases() -> list[Case]:
+    groups = (ENCODERS, DECODERS, ENCODER_DECODERS, VISION_MODELS, AUDIO_MODELS, OTHERS)
+    return [Case("transformers", name, one.make, one.inputs) for group in groups for name, one in group.items()]
