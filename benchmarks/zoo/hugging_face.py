@@ -97,7 +97,7 @@ ENCODERS = {
     "electra": _named("Electra", TEXT | {"embedding_size": 16}),
     "deberta-v2": _named(
         "DebertaV2", TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
-    ),  # fmt: skip
+    ),
     "mpnet": _named("MPNet", TEXT | {"pad_token_id": 1}, tokens),
     "modernbert": _named("ModernBert", TEXT | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 4}),
     "convbert": _named("ConvBert", TEXT | {"embedding_size": 32, "head_ratio": 2}),
@@ -106,8 +106,8 @@ ENCODERS = {
     "megatron-bert": _named("MegatronBert", TEXT),
     "xlnet": _named(
         "XLNet", {"vocab_size": WORDS, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "use_mems_train": False}
-    ),  # fmt: skip
-}
+    ),
+}  # fmt: skip
 DECODERS = {
     "gpt2": _named("GPT2", GPT, head="LMHeadModel"),
     "gpt-neox": _named("GPTNeoX", DECODER, head=LM),
@@ -124,7 +124,7 @@ DECODERS = {
             "use_cache": False,
         },
         head=LM,
-    ),  # fmt: skip
+    ),
     "opt": _named("OPT", DECODER | {"ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.0}, head=LM),
     "llama": _named("Llama", GROUPED, head=LM),
     "mistral": _named("Mistral", GROUPED | {"sliding_window": 4}, head=LM),
@@ -137,19 +137,19 @@ DECODERS = {
     "falcon": _named("Falcon", DECODER, head=LM),
     "bloom": _named(
         "Bloom", {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 2, "n_head": 4, "use_cache": False}, head=LM
-    ),  # fmt: skip
+    ),
     "mpt": _named(
         "Mpt",
         {"vocab_size": WORDS, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 32, "use_cache": False},
         head=LM,
-    ),  # fmt: skip
+    ),
     "olmo2": _named("Olmo2", GROUPED, head=LM),
     "stablelm": _named("StableLm", GROUPED, head=LM),
     "starcoder2": _named("Starcoder2", GROUPED, head=LM),
     "cohere": _named("Cohere", GROUPED, head=LM),
     "glm": _named("Glm", GROUPED | {"head_dim": 8}, head=LM),
     "granite": _named("Granite", GROUPED, head=LM),
-}
+}  # fmt: skip
 ENCODER_DECODERS = {
     "t5": _named("T5", {"vocab_size": WORDS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
                         "use_cache": False, "decoder_start_token_id": 0}, pair, "ForConditionalGeneration"),
@@ -222,7 +222,8 @@ OTHERS = {
                                     "patch_stride": 4, "d_model": 16, "num_hidden_layers": 2,
                                     "num_attention_heads": 4, "ffn_dim": 32, "prediction_length": 4},
                        lambda: {"past_values": torch.randn(BATCH, 16, 3)}, "ForPrediction"),
-    "layoutlm": _named("LayoutLM", TEXT, lambda: tokens() | {"bbox": torch.randint(0, 100, (BATCH, LENGTH, 4)).sort()[0]}),
+    "layoutlm": _named("LayoutLM", TEXT,
+                       lambda: tokens() | {"bbox": torch.randint(0, 100, (BATCH, LENGTH, 4)).sort()[0]}),
 }  # fmt: skip
 
 

@@ -31,12 +31,11 @@ SEGMENTATION = {
 # name -> frames, height and width
 VIDEO = {
     "video.mc3_18": (4, 32), "video.r2plus1d_18": (4, 32), "video.r3d_18": (4, 32), "video.s3d": (16, 224),
-    "video.mvit_v1_b": (4, 64), "video.mvit_v2_s": (4, 64), "video.swin3d_t": (4, 64),
+    "video.mvit_v1_b": (4, 224), "video.mvit_v2_s": (4, 224), "video.swin3d_t": (4, 64),
 }  # fmt: skip
-SMALL_CLIPS = {"spatial_size": (64, 64), "temporal_size": 4}
 OPTIONS = {
-    "video.mvit_v1_b": SMALL_CLIPS,
-    "video.mvit_v2_s": SMALL_CLIPS,
+    "video.mvit_v1_b": {"temporal_size": 4},
+    "video.mvit_v2_s": {"temporal_size": 4},
     "vit_b_16": {"image_size": 32},
     "inception_v3": {"init_weights": True},
     "googlenet": {"init_weights": True},
