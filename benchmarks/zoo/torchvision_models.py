@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,9 @@ SEGMENTATION = {
 # name -> frames, height and width
 VIDEO = {
     "video.mc3_18": (4, 32), "video.r2plus1d_18": (4, 32), "video.r3d_18": (4, 32), "video.s3d": (16, 224),
-    "video.mvit_v1_b": (4, 224), "video.mvit_v2_s": (4, 224), "video.swin3d_t": (4, 64),
+    "video.mvit_v1_b": (4, 64), "video.mvit_v2_s": (4, 64), "video.swin3d_t": (4, 64),
 }  # fmt: skip
 OPTIONS = {
-    "video.mvit_v1_b": {"temporal_size": 4},
-    "video.mvit_v2_s": {"temporal_size": 4},
     "vit_b_16": {"image_size": 32},
     "inception_v3": {"init_weights": True},
     "googlenet": {"init_weights": True},
@@ -45,7 +44,7 @@ OPTIONS = {
 def cases() -> list[Case]:
     found = [Case("torchvision", name, partial(_named, name), partial(_images, 2, size))
              for name, size in (CLASSIFICATION | SEGMENTATION).items()]  # fmt: skip
-    found += [Case("torchvision", name, partial(_named, name), partial(_clips, 2, *size))
+    found += [Case("torchvision", name, partial(_mvit if "mvit" in name else _named, name), partial(_clips, 2, *size))
               for name, size in VIDEO.items()]  # fmt: skip
     for name, (make, size) in DETECTION.items():
         found.append(Case("torchvision", f"detection.{name}", make, partial(_images, 2, size)))
@@ -63,6 +62,16 @@ def _named(name: str) -> nn.Module:
     for part in name.split("."):
         make = getattr(make, part)
     return make(weights=None, **options, **OPTIONS.get(name, {}))
+
+
+def _mvit(name: str) -> nn.Module:
+    """For clips of 4 frames of 64x64; torchvision's builders fix 16 frames of 224x224."""
+    from torchvision.models.video import mvit
+
+    build = mvit._mvit
+    small = lambda *args, **given: build(*args, **given | {"spatial_size": (64, 64), "temporal_size": 4})  # noqa: E731
+    with mock.patch.object(mvit, "_mvit", small):
+        return _named(name)
 
 
 def _resnet_fpn() -> nn.Module:
