@@ -18,6 +18,7 @@ from graphlocal.compiler import COMPUTED, Compiled, Options, build
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import undone_on
+from graphlocal.statistics_lag import StatisticsLag
 
 MANY_RECOMPILATIONS = 8
 
@@ -51,6 +52,7 @@ class LocalModule(nn.Module):
         self._binder = binder
         self._cache: list[tuple[Any, Compiled]] = []
         self._recompilations = 0
+        self._lag = StatisticsLag(self.original)
         self._watch()
 
     def _watch(self) -> None:
@@ -102,7 +104,8 @@ class LocalModule(nn.Module):
         for compiled in self._fitting(leaves, spec):
             first_pass = (compiled.run_fused_passes if fused else compiled.run_passes)[0]
             if not compiled.guarded:
-                return compiled, *first_pass(*leaves)
+                with self._lag.watching():
+                    return compiled, *first_pass(*leaves)
             with suppress(GuardFailure), undone_on(GuardFailure, self.original):
                 return compiled, *first_pass(*leaves)
         raise LocalTrainingError(
@@ -163,10 +166,24 @@ class LocalModule(nn.Module):
     # nn.Module.
 
     def train(self, mode: bool = True) -> LocalModule:
+        if self.training and not mode:
+            self._warn_of_lag()
         self.training = mode
         self.original.train(mode)
         self.error_weights.train(mode)
         return self
+
+    def _warn_of_lag(self) -> None:
+        worst = self._lag.worst()
+        self._lag.reset()
+        if worst is not None:
+            layer, deviation, factor = worst
+            warnings.warn(
+                f"the running statistics of the BatchNorm {layer or 'layer'} trail those of the last batches: the mean "
+                f"by {deviation:.1f} standard deviations, the variance by a factor of {factor:.2g}. The model "
+                "evaluates worse than it is; graphlocal.recalibrate(model, batches) renews them.",
+                stacklevel=4,
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LocalModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -174,7 +191,7 @@ class LocalModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_binder", "_cache", "_watched", "_weights", "_structure", "_recompilations")
+        derived = ("_binder", "_cache", "_watched", "_weights", "_structure", "_recompilations", "_lag")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
