@@ -29,23 +29,25 @@ _REMEDY = (
 
 
 class BufferMismatch(TraceError):
-    """The graph leaves a buffer with another value than the model does; `module` owns that buffer."""
+    """The graph leaves buffers with other values than the model does; `modules` own them."""
 
-    def __init__(self, buffer: str) -> None:
-        self.module = buffer.rpartition(".")[0]
+    def __init__(self, buffers: list[str]) -> None:
+        buffer = buffers[0]
+        self.modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in buffers))
+        module = self.modules[0]
         super().__init__(
             f"the traced graph leaves the buffer {buffer} with another value than the model does",
-            where=f"module {self.module}" if self.module else "the model's forward",
+            where=f"module {module}" if module else "the model's forward",
             why="forward assigns a new tensor to the buffer, or changes it in a way the tracer does not see",
             remedy=f"change the buffer in place, such as self.{buffer.rpartition('.')[2]}.copy_(value)",
         )
 
 
 class StateMismatch(TraceError):
-    """Forward reads what an earlier call left in a Python attribute; `module` owns that attribute."""
+    """Forward reads what an earlier call left in a Python attribute; the one of `modules` owns that attribute."""
 
     def __init__(self, module: str, attribute: str) -> None:
-        self.module = module
+        self.modules = (module,)
         super().__init__(
             "a second call of the model gives another output than a second run of the traced graph",
             where=f"module {module}" if module else "the model's forward",
@@ -116,9 +118,9 @@ def _compare(eager: _Run, traced: _Run, out_spec: pytree.TreeSpec, seed: int | N
                 why="forward depends on something that the tracer fixed, such as Python's random module",
                 remedy=_REMEDY,
             )
-    for name, value in eager.buffers.items():
-        if not _same(value, traced.buffers[name]):
-            raise BufferMismatch(name)
+    wrong = [name for name, value in eager.buffers.items() if not _same(value, traced.buffers[name])]
+    if wrong:
+        raise BufferMismatch(wrong)
     for name, gradient in eager.gradients.items():
         _compare_gradients(name, gradient, traced.gradients[name])
 
@@ -181,7 +183,7 @@ def _run(
     model: nn.Module, arguments: Arguments, seed: int | None, with_gradients: bool, module: fx.GraphModule | None
 ) -> _Run:
     inputs = arguments.map(torch.clone)
-    with preserved(model), torch.set_grad_enabled(with_gradients):
+    with preserved(model), torch.enable_grad():  # some kernels differ without gradients
         if seed is not None:
             _seed(seed)
         before = _attributes(model)

@@ -39,7 +39,7 @@ from graphlocal.selfcheck import BufferMismatch, StateMismatch, self_check
 DynamicDims = frozenset[tuple[int, int]]
 """Axes of the flat inputs whose size may differ from call to call, as (leaf, axis)."""
 
-MAX_OPAQUE = 16
+MAX_ATTEMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _from_cache(model: nn.Module, arguments: Arguments, key: Hashable | None) ->
 def _run_chain(model: nn.Module, arguments: Arguments, dynamic: DynamicDims) -> TracedModel:
     failures: list[Failure] = []
     opaque: tuple[str, ...] = ()
-    while len(opaque) <= MAX_OPAQUE:
+    for _ in range(MAX_ATTEMPTS):
         for dims in dict.fromkeys((dynamic, frozenset())):
             try:
                 return _export_rung(model, arguments, dims, opaque)
@@ -105,10 +105,10 @@ def _run_chain(model: nn.Module, arguments: Arguments, dynamic: DynamicDims) -> 
                 if not failures:
                     _require_eager(model, arguments)
                 failures.append(error.failure)
-        offender = _next_offender(failures, opaque)
-        if offender is None:
+        offenders = _next_offenders(failures, opaque)
+        if not offenders:
             break
-        opaque = _without_children((*opaque, offender))
+        opaque = _without_children((*opaque, *offenders))
     try:
         return _record_rung(model, arguments)
     except _RungError as error:
@@ -117,11 +117,15 @@ def _run_chain(model: nn.Module, arguments: Arguments, dynamic: DynamicDims) -> 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one tracer failed: the innermost module that was running, and the error."""
+    """Why one tracer failed: the innermost module that was running (or those that differ), and the error."""
 
     rung: str
-    module: str
+    modules: tuple[str, ...]
     error: Exception
+
+    @property
+    def module(self) -> str:
+        return self.modules[0] if self.modules else ""
 
 
 class _RungError(Exception):
@@ -145,11 +149,11 @@ def _export_rung(model: nn.Module, arguments: Arguments, dynamic: DynamicDims, o
             assert isinstance(module, fx.GraphModule)
         traced = _finish(model, module, arguments, dynamic, rung)
     except Exception as error:
-        raise _RungError(Failure(rung, stack[-1] if stack else "", error)) from error
+        raise _RungError(Failure(rung, tuple(stack[-1:]), error)) from error
     try:
         self_check(model, traced.module, arguments, traced.out_spec)
     except Exception as error:  # the exporter's fake tensors may have taken what the model doesn't
-        where = error.module if isinstance(error, (BufferMismatch, StateMismatch)) else ""
+        where = error.modules if isinstance(error, (BufferMismatch, StateMismatch)) else ()
         raise _RungError(Failure(rung, where, error)) from error
     return traced
 
@@ -161,7 +165,7 @@ def _record_rung(model: nn.Module, arguments: Arguments) -> TracedModel:
         traced = _finish(model, module, arguments, frozenset(), "recording")
         self_check(model, traced.module, arguments, traced.out_spec)
     except Exception as error:
-        raise _RungError(Failure("recording", "", error)) from error
+        raise _RungError(Failure("recording", (), error)) from error
     return traced
 
 
@@ -267,15 +271,17 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _next_offender(failures: list[Failure], opaque: tuple[str, ...]) -> str | None:
-    """The smallest submodule in which tracing stopped; its parent if it is opaque already."""
+def _next_offenders(failures: list[Failure], opaque: tuple[str, ...]) -> list[str]:
+    """The smallest submodules in which tracing stopped; the parent of one that is opaque already."""
     for failure in reversed(failures):
-        path = failure.module
-        while path in opaque:
-            path = path.rpartition(".")[0]
-        if path:
-            return path
-    return None
+        found = []
+        for path in failure.modules:
+            while path in opaque:
+                path = path.rpartition(".")[0]
+            found.append(path)
+        if found and all(found):
+            return found
+    return []
 
 
 def _without_children(paths: tuple[str, ...]) -> tuple[str, ...]:

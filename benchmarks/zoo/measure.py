@@ -105,8 +105,6 @@ def _run_stages(case: Case, record: Record) -> None:
     _assert_same_gradients(found, true, local)
     record.stage = "second batch size"
     record.second_batch = _second_batch(case, dtype)
-    if record.second_batch is False:
-        raise AssertionError("another batch size gives other outputs or gradients than the eager model's")
 
     record.stage = "rec-lra"
     model = _model(case).to(dtype)
@@ -143,13 +141,19 @@ def _untouched(found: training.Step, true: training.Step) -> list[str]:
 
 
 def _second_batch(case: Case, dtype: torch.dtype) -> bool | None:
-    """One more row: None if the eager model does not take it, else whether the compiled one gives the same."""
+    """One more row: None if the eager model does not take it, True if the compiled one gives what the eager one does.
+
+    Raises AssertionError if it does not.
+    """
     example = _cast(_inputs(case), dtype)
     batch = next(x.shape[0] for x in pytree.tree_leaves(example) if isinstance(x, Tensor) and x.dim() > 0)
 
     def longer(value: Any) -> Any:
         alike = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
-        return torch.cat([value, value[:1]]) if alike else value
+        if not alike:
+            return value
+        row = 0.3 * value[:1] + 0.7 * value[1:2] if value.is_floating_point() else value[:1]
+        return torch.cat([value, row])
 
     inputs = pytree.tree_map(longer, example)
     try:
@@ -158,11 +162,8 @@ def _second_batch(case: Case, dtype: torch.dtype) -> bool | None:
         return None
     local = graphlocal.compile(_model(case).to(dtype), example_inputs=example, rule="backprop")
     found = training.step(local, inputs, case.loss, SEED)
-    try:
-        training.assert_same_forward(found, true)
-        _assert_same_gradients(found, true, local)
-    except AssertionError:
-        return False
+    training.assert_same_forward(found, true)
+    _assert_same_gradients(found, true, local)
     return True
 
 
