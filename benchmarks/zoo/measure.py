@@ -214,8 +214,14 @@ def _self_check_timed(record: Record) -> Iterator[None]:
 
 
 def _model(case: Case) -> nn.Module:
+    """The model with parameters that start at zero, such as a zero head, moved: else most gradients are zero."""
     torch.manual_seed(SEED)
-    return case.make().train()
+    model = case.make().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.normal_(std=0.1)
+    return model
 
 
 def _inputs(case: Case) -> Any:
