@@ -3,7 +3,8 @@
 A policy gives **labels**: operation -> name of its box, with no entry for operations that it leaves open.
 `complete` then gives every open operation to a box:
 
-1. an open operation with a parameter gets a box of its own;
+1. an open operation with a parameter gets a box of its own; where `light` ones don't, only if it applies weights to
+   a value (`linear`, `matmul` with a transposed parameter), not if it only adds or scales by a parameter;
 2. an elementwise operation, or one that combines values (a residual addition), joins the box that made its
    latest input, so that a box ends with its activation function;
 3. any other operation (pooling, reshaping, dropout, attention's products) joins the box that reads it, if
@@ -22,6 +23,11 @@ from graphlocal.ir import LocalGraph, Operation
 Labels = dict[str, str]
 
 _COMBINES = re.compile(r"aten\.(add|sub|mul|div|maximum|minimum)\.")
+_LIGHT = re.compile(
+    r"aten\.(add|sub|mul|div|maximum|minimum|prelu|expand|repeat|view|reshape|unsqueeze|squeeze|t|transpose|permute|"
+    r"slice|select|cat|stack)\b"
+)
+_APPLIES = re.compile(r"aten\.(linear|matmul|mm|bmm|addmm|baddbmm|einsum|embedding|conv|lstm|gru|rnn|\w+_norm)\w*\b")
 PRELUDE, TAIL = "prelude", "tail"
 
 
@@ -51,23 +57,51 @@ def readers_of(operations: Sequence[Operation]) -> dict[str, list[str]]:
     return found
 
 
-def complete(graph: LocalGraph, operations: Sequence[Operation], given: Labels) -> Labels:
-    """Give every operation a box, by the four cases of the module's docstring."""
+def reading_parameters(graph: LocalGraph, operations: Sequence[Operation]) -> tuple[set[str], set[str]]:
+    """The operations that read a parameter, or what was made of parameters alone; those that apply it as weights.
+
+    Weights are applied where they are more than added or multiplied.
+    """
+    derived = {op.name for op in graph.sizes}  # what was made of sizes and parameters alone
+    made, reading, applying = set[str](), set[str](), set[str]()
+    for op in operations:
+        if not is_parametric(graph, op) and made.isdisjoint(op.inputs):
+            continue
+        reading.add(op.name)
+        alone = derived.issuperset(op.inputs)
+        if (alone and _APPLIES.match(op.target)) or not (alone or op.pointwise or _LIGHT.match(op.target)):
+            applying.add(op.name)
+        elif alone:
+            derived.add(op.name)
+            made.add(op.name)
+    return reading, applying
+
+
+def complete(graph: LocalGraph, operations: Sequence[Operation], given: Labels, light: bool = True) -> Labels:
+    """Give every operation a box, by the four cases of the module's docstring.
+
+    light: whether operations that only add a parameter, or scale by it, get boxes of their own.
+    """
     members = {op.name: op for op in operations}
     found = dict(given)
-    by_module = {op.module: op for op in operations if is_parametric(graph, op)}
+    parametric = heavy = {op.name for op in operations if is_parametric(graph, op)}
+    if not light:
+        parametric, heavy = reading_parameters(graph, operations)
+    by_module = {op.module: op for op in operations if op.name in parametric}
     for op in operations:  # case 1, and a buffer's update goes with its module's operation
-        if op.name not in found and is_parametric(graph, op):
+        if op.name not in found and op.name in heavy:
             found[op.name] = _box_name(op, found.values())
     for op in operations:
-        if op.name not in found and not op.inputs and op.module in by_module:
+        if op.name not in found and not op.inputs and by_module.get(op.module, op).name in found:
             found[op.name] = found[by_module[op.module].name]
     position = {op.name: i for i, op in enumerate(graph.operations)}
-    trailing = _trailing(graph, operations, found)
+    trailing = _trailing(graph, operations, found, parametric)
     readers = readers_of(operations)
     for op in operations:  # case 2
         follows = op.pointwise or op.discrete_of or _COMBINES.match(op.target)
-        if follows and op.name not in found and op.name not in trailing:
+        if op.name in parametric and op.inputs and op.name not in found:
+            _join_producer(op, found, position, members, at_once=False)
+        elif follows and op.name not in found and op.name not in trailing:
             _join_producer(op, found, position, members)
     for op in reversed(operations):  # case 3
         if op.name not in found and op.name not in trailing:
@@ -90,10 +124,15 @@ def _box_name(op: Operation, taken: Iterable[str]) -> str:
     return name if name not in set(taken) else f"{name}:{op.name}"
 
 
-def _join_producer(op: Operation, found: Labels, position: dict[str, int], members: dict[str, Operation]) -> bool:
-    """Join the box of the latest input; an input that is in no box yet counts as those that it is made of."""
+def _join_producer(
+    op: Operation, found: Labels, position: dict[str, int], members: dict[str, Operation], at_once: bool = True
+) -> bool:
+    """Join the box of the latest input; an input that is in no box yet counts as those that it is made of.
+
+    at_once: only if an input is in a box already.
+    """
     inputs = [op.discrete_of.removeprefix("-")] if op.discrete_of else list(op.inputs)
-    if all(found.get(source, PRELUDE) == PRELUDE for source in inputs):
+    if at_once and all(found.get(source, PRELUDE) == PRELUDE for source in inputs):
         return False
     producers, pending, seen = [], inputs, set[str]()
     while pending:
@@ -103,19 +142,25 @@ def _join_producer(op: Operation, found: Labels, position: dict[str, int], membe
         elif source in members and source not in seen:
             seen.add(source)
             pending += members[source].inputs
-    found[op.name] = found[max(producers, key=position.__getitem__)]
-    return True
+    if producers:
+        found[op.name] = found[max(producers, key=position.__getitem__)]
+    return bool(producers)
 
 
-def _trailing(graph: LocalGraph, operations: Sequence[Operation], found: Labels) -> set[str]:
-    """Open operations that nothing in a box comes after, and that do not combine two boxes' values."""
+def _trailing(graph: LocalGraph, operations: Sequence[Operation], found: Labels, parametric: set[str]) -> set[str]:
+    """Open operations without a parameter that nothing in a box comes after, and that combine no two boxes' values."""
     readers = readers_of(operations)
     outside = {name for op in graph.operations for name in op.inputs} - {
         name for op in operations for name in op.inputs
     }
     trailing: set[str] = set()
     for op in reversed(operations):
-        if op.name in found or op.name in outside or not (op.inputs or op.name in graph.outputs):
+        if (
+            op.name in found
+            or op.name in parametric
+            or op.name in outside
+            or not (op.inputs or op.name in graph.outputs)
+        ):
             continue
         boxes = {found[source] for source in op.inputs if source in found}
         combines = _COMBINES.match(op.target) and len(boxes) > 1

@@ -14,12 +14,14 @@ from graphlocal.passes.boxes import Labels, has_weights, is_parametric, module_p
 class _Module:
     """A module (in one of its calls): its operations, the modules inside, and how many of each kind.
 
-    own: operations of the module itself, in none of its children. weights: operations with weights.
+    own: operations of the module itself, in none of its children. computing: those of them that calculate.
+    weights: operations with weights.
     """
 
     path: str
     operations: list[Operation] = field(default_factory=list)
     own: int = 0
+    computing: int = 0
     weights: int = 0
     children: dict[str, _Module] = field(default_factory=dict)
     stack: list[_Module] | None = None
@@ -32,7 +34,10 @@ def module_boxes(
 
     A module is split into its parts if it is the root, holds a stack (two or more parts in a row, numbered or of
     the same structure, with two or more weights each, such as `layer1.0, layer1.1`), is a plain container that is
-    not itself part of a stack, or holds more than half of all weights. What is not split is one box.
+    not itself part of a stack, or holds more than half of all weights. What is not split is one box. Of the modules
+    of a stack, only those that calculate nothing themselves and hold a stack of about equal parts are split: a
+    stage of blocks, not a block with two attentions. Modules that are alike and run side by side, such as experts,
+    are boxes as the modules of a stack are.
     reasons: is given, for each box, why it is one.
     """
     tree = _module_tree(graph, operations, root)
@@ -65,6 +70,7 @@ def _module_tree(graph: LocalGraph, operations: Sequence[Operation], root: str) 
         node.operations.append(op)
         node.weights += weight
         node.own += 1
+        node.computing += op.flops > 0
     return top
 
 
@@ -79,7 +85,7 @@ class _Splitter:
     reasons: dict[str, str]
 
     def split(self, module: _Module, reason: str, in_stack: bool = False, force: bool = False) -> None:
-        holds = self.holds_stack(module)
+        holds = self.holds_stages(module) if in_stack else self.holds_stack(module)
         plain = module.own == 0 and not in_stack and module.weights > 1
         large = not in_stack and module.weights > 1 and 2 * module.weights > self.total
         if not module.children or not (force or holds or plain or large):
@@ -87,11 +93,24 @@ class _Splitter:
             self.reasons[module.path] = reason
             return
         stack = self.stack(module)
+        side_by_side = next((f for f in _families(module) if len(f) > 1 and f != stack), [])
+        where = module.path or "the model"
         for child in module.children.values():
-            stacked = child in stack
-            why = f"one of {len(stack)} blocks in a row in {module.path or 'the model'}" if stacked else (
-                f"a part of {module.path or 'the model'}")  # fmt: skip
-            self.split(child, why, in_stack or stacked)
+            why = f"a part of {where}"
+            if child in stack:
+                why = f"one of {len(stack)} blocks in a row in {where}"
+            elif child in side_by_side:
+                why = f"one of {len(side_by_side)} modules side by side in {where}"
+            self.split(child, why, in_stack or child in stack or child in side_by_side)
+
+    def holds_stages(self, module: _Module) -> bool:
+        """True for a module of a stack that is itself a sequence of blocks."""
+        if module.computing:
+            return False
+        stack = self.stack(module)
+        sizes = [child.weights for child in stack]
+        even = bool(stack) and max(sizes) < 2 * min(sizes)
+        return even or any(self.holds_stages(child) for child in module.children.values())
 
     def holds_stack(self, module: _Module) -> bool:
         return bool(self.stack(module)) or any(self.holds_stack(child) for child in module.children.values())

@@ -27,7 +27,7 @@ def labels(graph: LocalGraph, policy: Policy) -> Labels:
     """
     operations = graph.operations
     if policy == "auto":
-        boxes = complete(graph, operations, module_boxes(graph, operations))
+        boxes = complete(graph, operations, module_boxes(graph, operations), light=False)
         return boxes if has_stack(graph) else merge_between_articulations(graph, boxes)
     if policy == "leaf":
         return complete(graph, operations, {})

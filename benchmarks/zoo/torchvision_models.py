@@ -18,7 +18,7 @@ from benchmarks.zoo.case import Case
 # name -> image size; the smallest at which the family runs in training mode with a batch of 2
 CLASSIFICATION = {
     "alexnet": 64, "convnext_tiny": 32, "densenet121": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64,
-    "googlenet": 64, "inception_v3": 128, "maxvit_t": 224, "mnasnet0_5": 64, "mobilenet_v2": 64,
+    "googlenet": 64, "inception_v3": 299, "maxvit_t": 224, "mnasnet0_5": 64, "mobilenet_v2": 64,
     "mobilenet_v3_small": 64, "regnet_x_400mf": 64, "regnet_y_400mf": 64, "resnet18": 64, "resnet50": 64,
     "resnext50_32x4d": 64, "wide_resnet50_2": 64, "shufflenet_v2_x0_5": 64, "squeezenet1_0": 64, "swin_t": 64,
     "swin_v2_t": 64, "vgg11": 32, "vgg11_bn": 64, "vit_b_16": 32,

@@ -30,9 +30,10 @@ class RecLRA(Rule):
     grows without bound under descent. rescale: `"rms"` evaluates the target at a displacement of batch RMS 1
     and gives the error its scale back, so that updates stay proportional to the loss; None is the paper's.
     derivative: multiply the error with phi'. reprojection: bound c on the norm of every update,
-    c Delta / ||Delta||. max_source_features: an output with more features than this (a vocabulary) sends its
-    error through its own exact derivative, and skip-errors start below it. feedback_share: no E holds more than
-    this share of the model's trainable parameters, and all of them together no more than `feedback_total`; an E
+    c Delta / ||Delta||. max_source_features: an output with more features than this (a vocabulary), or with a
+    number of features that changes from batch to batch, sends its error through its own exact derivative, and
+    skip-errors start below it. feedback_share: no E holds more than this share of the model's trainable parameters,
+    and all of them together no more than `feedback_total`; an E
     that would becomes the product of two factors of the rank that fits (`print(local.graph)` shows it).
 
     Raises InputError for options out of range.
@@ -107,7 +108,7 @@ class RecLRA(Rule):
 
     def _is_wide(self, graph: LocalGraph, name: str) -> bool:
         sizes = (features(graph, value) for value in graph.neuron[name].values)
-        wide = any(isinstance(size, int) and size > self.max_source_features for size in sizes)
+        wide = any(not isinstance(size, int) or size > self.max_source_features for size in sizes)
         return wide and bool(vjp_connections(graph, name))
 
     def local_error(self, neuron: Neuron, displacement: Tensor) -> Tensor:
