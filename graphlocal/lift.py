@@ -38,6 +38,7 @@ class _Lifter:
         self.nodes = list(traced.module.graph.nodes)
         self.parameters = dict(model.named_parameters())
         self.symbols: dict[str, str] = {}
+        self.flops = _Flops(self.tensor)
         self.canonical = {id(t): name for name, t in (*model.named_buffers(), *model.named_parameters())}
         for name, tensor in reversed([*model.named_parameters(), *model.named_buffers()]):
             self.canonical[id(tensor)] = name
@@ -95,7 +96,7 @@ class _Lifter:
             effects=tuple(effects),
             pointwise=_is_pointwise(node, target, states, effects),
             group=node.meta.get(GROUP, ""),
-            flops=_flops(node, target, self.tensor),
+            flops=self.flops.of(node, target),
         )
 
     def tensor(self, name: str) -> torch.Tensor | None:
@@ -187,38 +188,53 @@ def _module_path(node: fx.Node) -> str:
     return ".".join(parts)
 
 
-def _flops(node: fx.Node, target: str, tensor: Any) -> int:
-    """Floating-point operations of the node on the example batch, by torch's own counter.
+_COUNTED = re.compile(r"linear|mm\b|matmul|conv|attention|einsum|lstm|gru|rnn|bilinear|\b(v?dot|mv)\b")
 
-    An operator that the counter does not know costs one per element of its result.
+
+class _Flops:
+    """Floating-point operations of nodes on the example batch: by torch's own counter, or one for each element.
+
+    The counter runs an operator on tensors without memory, once for each operator and shapes.
     """
-    value = node.meta.get("val")
-    elements = value.numel() if isinstance(value, torch.Tensor) else 0
-    elementwise = int(
-        getattr(getattr(elements, "node", None), "hint", None) or (elements if isinstance(elements, int) else 0)
-    )
-    if not isinstance(node.target, torch._ops.OpOverload) or _NO_ARITHMETIC.search(target):
-        return 0
-    if is_random(node):  # running it would move the generator
-        return elementwise
-    if torch.Tag.pointwise in node.target.tags:
-        return elementwise
-    try:
-        with FlopCounterMode(display=False) as counter:
-            node.target(*fx.map_arg(node.args, _on_meta(tensor)), **fx.map_arg(node.kwargs, _on_meta(tensor)))
-        return int(counter.get_total_flops()) or elementwise
-    except Exception:  # an operator without a meta kernel
-        return elementwise
 
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+        self.known: dict[str, int] = {}
 
-def _on_meta(tensor: Any) -> Any:
-    def convert(node: fx.Node) -> Any:
-        value = tensor(str(node.target)) if node.op == "get_attr" else node.meta.get("val")
+    def of(self, node: fx.Node, target: str) -> int:
+        value = node.meta.get("val")
+        elements = int(_hint(value.numel()) or 0) if isinstance(value, torch.Tensor) else 0
+        if not isinstance(node.target, torch._ops.OpOverload) or _NO_ARITHMETIC.search(target):
+            return 0
+        if not _COUNTED.search(target) or is_random(node):  # running a random one would move the generator
+            return elements
+        described = str(fx.map_arg((node.args, dict(node.kwargs)), self._described))
+        key = f"{target} {described}"
+        if key not in self.known:
+            self.known[key] = self._counted(node) or elements
+        return self.known[key]
+
+    def _counted(self, node: fx.Node) -> int:
+        assert callable(node.target)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                node.target(*fx.map_arg(node.args, self._on_meta), **fx.map_arg(node.kwargs, self._on_meta))
+            return int(counter.get_total_flops())
+        except Exception:  # an operator without a meta kernel
+            return 0
+
+    def _value(self, node: fx.Node) -> Any:
+        return self.tensor(str(node.target)) if node.op == "get_attr" else node.meta.get("val")
+
+    def _described(self, node: fx.Node) -> Any:
+        value = self._value(node)
+        return f"{value.dtype}{[_hint(n) for n in value.shape]}" if isinstance(value, torch.Tensor) else node.name
+
+    def _on_meta(self, node: fx.Node) -> Any:
+        value = self._value(node)
         if isinstance(value, torch.Tensor):
             return torch.empty([_hint(n) for n in value.shape], dtype=value.dtype, device="meta")
         return _hint(value) if _is_number(value) else value
-
-    return convert
 
 
 def _hint(size: Any) -> Any:

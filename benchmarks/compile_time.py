@@ -1,0 +1,133 @@
+"""Time of a compilation against the number of operations, from 50 to 5,000: tracing, passes, emission, cached."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import graphlocal
+from benchmarks import report
+
+WIDTH = 8
+SIZES = (50, 150, 500, 1500, 5000)
+
+
+class Block(nn.Module):
+    """x + W2 tanh(W1 norm(x)): five operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner, self.outer = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(torch.tanh(self.inner(self.norm(x))))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds. check: the self-check within tracing, real steps of the model."""
+
+    operations: int
+    subgraphs: int
+    export: float
+    trace: float
+    check: float
+    passes: float
+    emit: float
+    again: float
+
+
+def measure(operations: int) -> Times:
+    """One size, in this process."""
+    graphlocal.cache.clear()
+    model = nn.Sequential(*(Block() for _ in range(operations // 5)), nn.Linear(WIDTH, 10))
+    x = torch.randn(4, WIDTH)
+    export = _seconds(lambda: torch.export.export(model, (x,), strict=False, dynamic_shapes=_open_batch(x)))
+    with _Clock() as clock:
+        start = time.perf_counter()
+        local = graphlocal.compile(model, example_inputs=(x,))
+        total = time.perf_counter() - start
+    passes = sum(step.seconds for step in local.compiled.records) + clock.seconds["verify"]
+    copy = nn.Sequential(*(Block() for _ in range(operations // 5)), nn.Linear(WIDTH, 10))
+    again = _seconds(lambda: graphlocal.compile(copy, example_inputs=(x,)))
+    trace, check = clock.seconds["trace"], clock.seconds["self_check"]
+    return Times(len(local.graph.operations), len(local.graph.subgraphs), export, trace - check, check, passes,
+                 total - trace - passes, again)  # fmt: skip
+
+
+def _open_batch(x: Tensor) -> tuple[dict[int, object]]:
+    return ({0: torch.export.Dim.AUTO},)
+
+
+def _seconds(run: object) -> float:
+    start = time.perf_counter()
+    run()  # type: ignore[operator]
+    return time.perf_counter() - start
+
+
+class _Clock:
+    """Adds up the time within some of the compiler's functions while it is open."""
+
+    def __enter__(self) -> _Clock:
+        from graphlocal import compiler, pipeline, trace
+
+        self.seconds = {"trace": 0.0, "self_check": 0.0, "verify": 0.0}
+        self.replaced = [(compiler, "trace", compiler.trace), (trace, "self_check", trace.self_check),
+                         (pipeline, "verify", pipeline.verify)]  # fmt: skip
+        for owner, name, function in self.replaced:
+            setattr(owner, name, self._timed(name, function))
+        return self
+
+    def _timed(self, name: str, function: object) -> object:
+        def run(*args: object, **options: object) -> object:
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)  # type: ignore[operator]
+            finally:
+                self.seconds[name] += time.perf_counter() - start
+
+        return run
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, function in self.replaced:
+            setattr(owner, name, function)
+
+
+def slope(rows: list[Times], part: str) -> float:
+    """The exponent p of time ~ operations^p, by least squares over the sizes from 500 on."""
+    points = [
+        (math.log(row.operations), math.log(max(getattr(row, part), 1e-4))) for row in rows if row.operations > 400
+    ]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of operations")
+    sizes = parser.parse_args().sizes
+    torch.set_num_threads(1)
+    measure(50)  # imports
+    rows = []
+    for size in sizes:
+        rows.append(measure(size))
+        print(rows[-1], flush=True)
+    parts = ("export", "trace", "check", "passes", "emit", "again")
+    table = report.table(
+        ["operations", "subgraphs", "export alone, s", "tracing, s", "self-check, s", "passes, s", "emission, s",
+         "tracing and passes / export", "second compilation, s"],
+        [[str(r.operations), str(r.subgraphs), f"{r.export:.2f}", f"{r.trace:.2f}", f"{r.check:.2f}", f"{r.passes:.3f}",
+          f"{r.emit:.2f}", f"{(r.trace + r.passes) / r.export:.2f}", f"{r.again:.2f}"] for r in rows],
+    )  # fmt: skip
+    slopes = ", ".join(f"{part} {slope(rows, part):.2f}" for part in parts) if len(rows) > 3 else "too few sizes"
+    notes = f"Exponent p of time ~ operations^p, from 500 operations on: {slopes}. The passes include the verifier."
+    report.write("compile_time", "Compile time", "python -m benchmarks.compile_time", [table], notes)
+
+
+if __name__ == "__main__":
+    main()
