@@ -1,5 +1,7 @@
 # make demo    set up .venv and run the main job
 # make test    set up .venv, lint, and run every test
+# make zoo     set up .venv with timm and transformers, and measure every model of the zoo (an hour)
+# make zoo-smoke   the same for twenty of them
 # PYTHON names the interpreter that .venv is made with: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 SETUP := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint types imports format dist clean
+.PHONY: help demo test test-fast zoo zoo-smoke lint types imports format dist clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -24,6 +26,12 @@ test: lint
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+zoo: $(VENV)/.zoo
+	$(BIN)/python -m benchmarks.zoo
+
+zoo-smoke: $(VENV)/.zoo
+	$(BIN)/python -m benchmarks.zoo --smoke
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -68,3 +76,8 @@ $(VENV)/.test: $(VENV)/.torch $(SETUP)
 	$(INSTALL) --quiet --editable '.[demo,dev]'
 	$(INSTALL) --quiet --no-deps torchvision
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.zoo: $(VENV)/.test
+	$(INSTALL) --quiet transformers
+	$(INSTALL) --quiet --no-deps timm
+	@touch $@

@@ -84,8 +84,32 @@ DRAWN = {
     "attention_weights": ["attention", "head"],
     "lstm": ["cells", "head"],
     "lstm_bidirectional": ["cells", "head"],
+    "siamese": ["first", "second", "first@1", "second@1", "head"],
+    "several_inputs_outputs": ["first", "other", "head", "second"],
+    "mixture_of_experts": ["experts.0", "experts.1", "experts.2", "experts.3", "gate", "head"],
+    "tied_weight": ["encoder", "linear_1"],
+    "scalar_gain": ["first", "second", "head"],
+    "vit": ["patches", "blocks.0", "blocks.1", "head"],
     "gru_unrolled": ["cell", "cell@1", "cell@2", "cell@3", "cell@4", "head"],
 }
+
+
+class Seq2Seq(nn.Module):
+    """Encoder and decoder, whose layers hold two attentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Transformer(8, 2, 2, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.head(self.net(source, target))
+
+
+def test_auto_keeps_a_decoder_layer_with_two_attentions_whole():
+    graph = lifted(Seq2Seq(), (torch.randn(2, 3, 8), torch.randn(2, 4, 8)))
+    drawn = [name for name in names(Partition().apply(graph)) if ".layers." in name]
+    assert drawn == [f"net.{part}.layers.{i}" for part in ("encoder", "decoder") for i in (0, 1)]
 
 
 @pytest.mark.parametrize("name", DRAWN)

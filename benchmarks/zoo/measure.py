@@ -168,13 +168,16 @@ def _second_batch(case: Case, dtype: torch.dtype) -> bool | None:
 
 
 def _eager_step(case: Case, dtype: torch.dtype) -> tuple[torch.dtype, training.Step]:
-    """One step of the eager model, in float64 if it takes that."""
+    """One step of the eager model, in float64 if it takes that and stays finite."""
     try:
-        return dtype, training.step(_model(case).to(dtype), _cast(_inputs(case), dtype), case.loss, SEED)
+        step = training.step(_model(case).to(dtype), _cast(_inputs(case), dtype), case.loss, SEED)
+        if not all(g.isfinite().all() for g in step.gradients.values() if g is not None):
+            raise ArithmeticError("the eager model's gradients are not finite")
     except Exception:
         if dtype == torch.float32:
             raise
         return _eager_step(case, torch.float32)
+    return dtype, step
 
 
 def _seconds_of_export(case: Case, dtype: torch.dtype) -> float | None:
