@@ -13,20 +13,21 @@ import torch
 from torch import nn
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore on leaving, also after an error, all that a forward or backward pass can change.
 
-    That is every submodule's attributes and registries (a plain attribute holding a mutable object is
+    That is every submodule's attributes, registries and hooks (a plain attribute holding a mutable object is
     restored by reference), the values of the buffers, `grad` of the parameters, and the random state.
     """
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     registries = [
         (registry, dict(registry))
         for module in model.modules()
-        for registry in (module.__dict__[name] for name in _REGISTRIES)
+        for registry in (module.__dict__[name] for name in (*_REGISTRIES, *_HOOKS) if name in module.__dict__)
     ]
     with torch.no_grad():
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -18,8 +18,8 @@ EVERY = 10
 ENOUGH = 3
 MEAN_LIMIT = 0.5
 """Standard deviations, root mean square over a layer's channels."""
-VARIANCE_LIMIT = 0.7
-"""Natural logarithm of the ratio of variances, mean over a layer's channels: about a factor of 2."""
+VARIANCE_LIMIT = 1.1
+"""Natural logarithm of the ratio of variances, mean over a layer's channels: about a factor of 3."""
 _MEMORY = 0.5
 
 

@@ -396,3 +396,28 @@ def test_the_traces_not_used_longest_go_first(monkeypatch):
         traced(model)
         keys[model] = next(reversed(cache._cache))
     assert list(cache._cache) == [keys[first], keys[third]]
+
+
+class HooksAtFirstCall(nn.Module):
+    """Captures the hidden layer's output by a hook that its first call installs, as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(6, 4), nn.Linear(4, 2)
+        self.captured: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not getattr(self, "installed", False):
+            self.hidden.register_forward_hook(lambda *call: self.captured.append(call[-1]))
+            self.installed = True
+        y = self.head(torch.tanh(self.hidden(x)))
+        (captured,) = self.captured
+        self.captured.clear()
+        return y, captured
+
+
+def test_hooks_that_a_model_installs_itself_are_undone_with_its_attributes():
+    model = HooksAtFirstCall()
+    traced(model)
+    assert not model.hidden._forward_hooks
+    assert len(model(X)) == 2
