@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphlocal.ir import LocalGraph, Subgraph
-from graphlocal.passes.boxes import PRELUDE, TAIL, is_parametric, module_prefixes
+from graphlocal.passes.boxes import PRELUDE, TAIL, Labels, complete, is_parametric, module_prefixes
 from graphlocal.passes.module_boxes import module_boxes
 from graphlocal.passes.policies import Policy
 from graphlocal.text import type_label
@@ -12,15 +12,16 @@ from graphlocal.text import type_label
 def explain(graph: LocalGraph, policy: Policy) -> str:
     """For each subgraph of a partitioned graph: why it is one, what it took in, and what crosses its border."""
     reasons: dict[str, str] = {}
+    drawn: Labels = {}
     if policy == "auto" or not isinstance(policy, (str, int)):
-        module_boxes(graph, graph.operations, reasons=reasons)
+        drawn = complete(graph, graph.operations, module_boxes(graph, graph.operations, reasons=reasons), light=False)
     width = max(len(s.name) for s in graph.subgraphs)
-    lines = [f"{s.name:<{width}}  {_why(graph, s, policy, reasons)}" for s in graph.subgraphs]
+    lines = [f"{s.name:<{width}}  {_why(graph, s, policy, reasons, drawn)}" for s in graph.subgraphs]
     return "\n".join(lines)
 
 
-def _why(graph: LocalGraph, subgraph: Subgraph, policy: Policy, reasons: dict[str, str]) -> str:
-    sentences = [_reason(graph, subgraph, policy, reasons)]
+def _why(graph: LocalGraph, subgraph: Subgraph, policy: Policy, reasons: dict[str, str], drawn: Labels) -> str:
+    sentences = [_reason(graph, subgraph, policy, reasons, drawn)]
     taken = _taken_in(graph, subgraph)
     if taken:
         sentences.append(f"takes in {', '.join(taken)}")
@@ -29,7 +30,7 @@ def _why(graph: LocalGraph, subgraph: Subgraph, policy: Policy, reasons: dict[st
     return "; ".join(sentences)
 
 
-def _reason(graph: LocalGraph, subgraph: Subgraph, policy: Policy, reasons: dict[str, str]) -> str:
+def _reason(graph: LocalGraph, subgraph: Subgraph, policy: Policy, reasons: dict[str, str], drawn: Labels) -> str:
     if subgraph.name == PRELUDE:
         return "comes before every parameter and serves several subgraphs"
     if subgraph.name == TAIL:
@@ -41,9 +42,14 @@ def _reason(graph: LocalGraph, subgraph: Subgraph, policy: Policy, reasons: dict
             1, sum(o.flops for o in graph.operations)
         )
         return f"segment with {share:.0%} of the cost"
+    merged = list(dict.fromkeys(drawn[op] for op in subgraph.operations if op in drawn)) if policy == "auto" else []
+    if len(merged) > 1:
+        return f"one block: values of more than one of {', '.join(merged)} cross between them, as in a residual block"
     if subgraph.name in reasons:
         return reasons[subgraph.name]
     parametric = sum(is_parametric(graph, graph.operation[op]) for op in subgraph.operations)
+    if policy == "auto" and parametric == 1:
+        return "one operation with parameters, in the forward of the model itself"
     return "one operation with parameters" if parametric == 1 else f"{parametric} operations with parameters"
 
 

@@ -394,3 +394,10 @@ def test_explain_follows_the_policy(policy, depth, subgraph, said):
 def test_explain_names_a_prelude():
     said = reasons("message_passing_batch")["prelude"]
     assert said.startswith("comes before every parameter and serves several subgraphs; hands on select_1 i64[9]")
+
+
+def test_explain_says_which_layers_a_block_without_a_module_is_made_of():
+    local = graphlocal.compile(Flat(), example_inputs=(torch.randn(2, 6),))
+    merged = [line for line in explain(local).splitlines() if "cross between them" in line]
+    assert merged
+    assert all("as in a residual block" in line and "takes in" in line for line in merged)
