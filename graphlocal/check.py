@@ -24,6 +24,7 @@ from graphlocal.rules import Rule, find
 from graphlocal.runtime import LocalModule
 from graphlocal.source import forward_line, source_line
 from graphlocal.trace import TracedModel, trace
+from graphlocal.verify import dead_parameters
 
 Severity = Literal["error", "warning", "note"]
 
@@ -108,16 +109,22 @@ def _about_modules(model: nn.Module) -> Iterator[Finding]:
     if model.training:
         asleep = [path for path, module in model.named_modules() if path and not module.training]
         if asleep:
-            yield Finding("note", f"{len(asleep)} modules are in evaluation mode and are compiled so", asleep[0])
+            text = "1 module is" if len(asleep) == 1 else f"{len(asleep)} modules are"
+            yield Finding("note", f"{text} in evaluation mode and compiled so", asleep[0])
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if frozen:
-        yield Finding("note", f"{len(frozen)} parameters are frozen and are not trained", frozen[0])
+        text = "1 parameter is" if len(frozen) == 1 else f"{len(frozen)} parameters are"
+        yield Finding("note", f"{text} frozen and not trained", frozen[0])
     norms = [path for path, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if norms:
         yield Finding(
-            "note", f"{len(norms)} BatchNorm layers: their running statistics lag behind fast local updates", norms[0],
+            "note", f"{_layers(len(norms))}: running statistics lag behind fast local updates", norms[0],
             remedy="call graphlocal.recalibrate(model, batches) before evaluating",
         )  # fmt: skip
+
+
+def _layers(count: int) -> str:
+    return "1 BatchNorm layer" if count == 1 else f"{count} BatchNorm layers"
 
 
 def _about_trace(traced: TracedModel, model: nn.Module) -> Iterator[Finding]:
@@ -151,6 +158,9 @@ def _about_ends(graph: LocalGraph, model: nn.Module) -> Iterator[Finding]:
     reader = "the recorded path" if recorded else "forward"
     for name in sorted(trainable - read):
         yield Finding("note", f"{reader} never reads the parameter {name}; it gets no update", name)
+    for name in dead_parameters(graph):
+        yield Finding("warning", "a parameter influences nothing that the model returns, so it gets no update", name,
+                      remedy="return what it computes if a loss is to train it, or freeze it")  # fmt: skip
     types = [graph.type(value) for value in graph.outputs]
     if not any(t is not None and t.is_float for t in types):
         yield Finding("error", "no output is a float tensor", "", "learning starts from the gradient of a loss",
@@ -182,9 +192,8 @@ def _about_feedback(graph: LocalGraph, rule: Rule) -> Iterator[Finding]:
     size = sum(math.prod(pair) for c in feedback for pair in zip(c.weight, c.weight[1:], strict=False))
     total = sum(_count(graph, state.name) for state in graph.states if state.trainable)
     severity: Severity = "warning" if size > total / 4 else "note"
-    yield Finding(
-        severity, f"{len(feedback)} feedback maps hold {size:,} numbers ({size / total:.1%} of the parameters)"
-    )
+    maps = f"{len(feedback)} feedback map{'s hold' if len(feedback) > 1 else ' holds'}"
+    yield Finding(severity, f"{maps} {size:,} numbers ({size / total:.1%} of the parameters)")
     targets = " ".join(op.target for op in graph.operations)
     advice = f'rule="backprop" on few segments is exact; graphlocal.alignment shows the angles of {rule.name}'
     if "scaled_dot_product" in targets or ("softmax" in targets and "matmul" in targets):

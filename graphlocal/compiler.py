@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +31,7 @@ from graphlocal.targets.eager import emit
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
+from graphlocal.verify import dead_parameters
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def build(
     traced = trace(model, arguments, dynamic)
     graph = lift(traced, model)
     _require_learnable(graph)
+    _warn_of_dead_parameters(graph)
     graph, records = run(graph, passes(options))
     _add_feedback(graph, options.rule, model, error_weights)
     training = emit(graph, traced, model, options.rule, error_weights)
@@ -170,6 +173,17 @@ def _require_learnable(graph: LocalGraph) -> None:
             f"{graph.name} returns no float tensor (it returns {listed})",
             why="learning starts from the gradient of a loss at a float output",
             remedy="return the logits, not the predicted class",
+        )
+
+
+def _warn_of_dead_parameters(graph: LocalGraph) -> None:
+    dead = dead_parameters(graph)
+    if dead:
+        listed = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
+        warnings.warn(
+            f"{graph.name} reads parameters that influence nothing it returns, so that they get no update: {listed}. "
+            "Return what they compute if a loss is to train them, or freeze them.",
+            stacklevel=6,
         )
 
 

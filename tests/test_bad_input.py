@@ -338,3 +338,28 @@ def test_a_batch_that_does_not_fit_is_refused_and_the_next_one_trains():
     with refused(InputError, local.original, "Sequential does not run on", "float64[3, 5] on cpu", "where: module 0"):
         local(x[:, :5])
     torch.testing.assert_close(local(x), eager(x))
+
+
+class UnreturnedHead(nn.Module):
+    """An auxiliary head with BatchNorm runs, but what it computes is not returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.auxiliary = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.body(x))
+        self.auxiliary(z)
+        return self.head(z)
+
+
+@pytest.mark.parametrize("rule", ["rec-lra", "backprop"])
+def test_parameters_that_influence_no_output_are_warned_of_and_get_no_update(rule):
+    x = torch.randn(3, 6)
+    with pytest.warns(UserWarning, match=r"get no update: auxiliary\.0\.weight, auxiliary\.0\.bias, .* and 1 more"):
+        local = graphlocal.compile(UnreturnedHead(), example_inputs=(x,), rule=rule)
+    local(x).sum().backward()
+    assert all(p.grad is None for p in local.original.auxiliary.parameters())
+    assert all(p.grad is not None for p in local.original.head.parameters())
+    assert int(local.original.auxiliary[1].num_batches_tracked) == 1

@@ -19,6 +19,7 @@ from graphlocal.ir import LocalGraph
 from graphlocal.verify import error_graph, operations, partition, schedule
 from graphlocal.verify.error_graph import (
     carries_derivative,
+    dead_parameters,
     has_no_derivative,
     influential_operations,
     learning_values,
@@ -31,6 +32,7 @@ __all__ = [
     "Rule",
     "action_dependencies",
     "carries_derivative",
+    "dead_parameters",
     "has_no_derivative",
     "influential_operations",
     "learning_values",

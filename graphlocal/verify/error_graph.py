@@ -57,6 +57,19 @@ def carries_derivative(op: Operation) -> bool:
     return numeric and ".detach" not in op.target
 
 
+def dead_parameters(graph: LocalGraph) -> tuple[str, ...]:
+    """The trainable parameters that are read, but by operations that influence nothing that the model returns.
+
+    An auxiliary head whose loss only the model's own code could ask for is one; autograd trains it no more.
+    """
+    living = {op.name for op in graph.operations if op.name in graph.outputs}
+    for op in reversed(graph.operations):
+        if op.name in living:
+            living.update(op.inputs)
+    read = {name for op in graph.operations if op.name in living for name in op.states}
+    return tuple(state.name for state in graph.states if state.trainable and state.name not in read)
+
+
 def _learning(graph: LocalGraph) -> dict[str, list[str]]:
     """For each subgraph that can learn, its operations that read parameters and influence an output."""
     influential = influential_operations(graph)
@@ -155,11 +168,12 @@ def _error_reach(graph: LocalGraph) -> Iterator[Broken]:
         return
     reached = nx.descendants(graph.error_graph, OUTPUT)
     learning = _learning(graph)
+    dead = set(dead_parameters(graph))
     safe = {name for part in graph.subgraphs if part.name in reached for name in graph.trainable(part)}
     for subgraph in graph.subgraphs:
         if subgraph.name in reached and subgraph.name in graph.neuron:
             continue
-        parameters = graph.trainable(subgraph)
+        parameters = tuple(name for name in graph.trainable(subgraph) if name not in dead)
         if subgraph.name not in learning:  # what only argmax or detach reads may learn elsewhere
             parameters = tuple(name for name in parameters if name not in safe)
         if parameters:
