@@ -27,6 +27,7 @@ from graphlocal.passes.schedule import Schedule
 from graphlocal.passes.skip_errors import InsertSkipErrors
 from graphlocal.pipeline import PassRecord, run
 from graphlocal.rules import Rule
+from graphlocal.targets.bodies import twin_name
 from graphlocal.targets.eager import emit
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.training_graph import TrainingGraph, split
@@ -188,7 +189,7 @@ def _warn_of_dead_parameters(graph: LocalGraph) -> None:
 
 
 def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights: nn.Module) -> None:
-    """Draw each new E; it depends on torch's seed, and the random stream is not moved."""
+    """Draw each new E and each new twin; they depend on torch's seed, and the random stream is not moved."""
     example = next(p for p in model.parameters() if p.is_floating_point())
     names = weight_names(graph)
     for i, connection in enumerate(c for c in graph.connections if c.kind == "feedback"):
@@ -199,10 +200,20 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
             if known is not None and known.shape == value.shape:
                 continue
             value = value.to(example.device, example.dtype)
-            if rule.learns_feedback:
-                error_weights.register_parameter(name, nn.Parameter(value))
-            else:
-                error_weights.register_buffer(name, value)
+            _register(error_weights, name, value, rule)
+    tensors = dict(model.named_parameters())
+    for i, parameter in enumerate(graph.twins):
+        generator = torch.Generator().manual_seed((torch.initial_seed() + 104729 * (i + 1)) % 2**63)
+        twin = rule.initial_twin(tensors[parameter], generator)
+        if twin is not None and not hasattr(error_weights, twin_name(parameter)):
+            _register(error_weights, twin_name(parameter), twin, rule)
+
+
+def _register(error_weights: nn.Module, name: str, value: torch.Tensor, rule: Rule) -> None:
+    if rule.learns_feedback:
+        error_weights.register_parameter(name, nn.Parameter(value))
+    else:
+        error_weights.register_buffer(name, value)
 
 
 def _alike(given: torch.Tensor, example: torch.Tensor) -> bool:

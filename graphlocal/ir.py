@@ -187,7 +187,8 @@ class LocalGraph:
     """A model as local learning sees it; each pass fills in more of it. `print` shows it in full.
 
     sizes: operations on the sizes of the inputs; they run before all subgraphs and belong to none.
-    outputs: the values that the model returns, flattened. schedule: actions in execution order.
+    outputs: the values that the model returns, flattened. twins: the parameters in whose place errors go down through
+    a feedback twin. schedule: actions in execution order.
     """
 
     name: str
@@ -200,6 +201,7 @@ class LocalGraph:
     rule: str = ""
     error_neurons: tuple[ErrorNeuron, ...] = ()
     connections: tuple[Connection, ...] = ()
+    twins: tuple[str, ...] = ()
     schedule: tuple[Action, ...] = ()
 
     def __str__(self) -> str:

@@ -35,7 +35,8 @@ class InsertSkipErrors:
             for neuron in graph.error_neurons
             if neuron.subgraph in reached or graph.trainable(graph.subgraph[neuron.subgraph])
         )
-        return replace(graph, rule=str(self.rule), error_neurons=neurons, connections=connections)
+        twins = self.rule.twins(graph)
+        return replace(graph, rule=str(self.rule), error_neurons=neurons, connections=connections, twins=twins)
 
     def _resolve(self, graph: LocalGraph, drawn: Sequence[Connection], source: str, target: str) -> list[Connection]:
         if not self.rule.feedback:

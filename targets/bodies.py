@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from graphlocal.feedback import Layout, cotangent_update
 from graphlocal.ir import LocalGraph, Subgraph
 from graphlocal.rules import Neuron, Rule
+from graphlocal.targets.twins import LINEAR, through_twin
 
 
 class ShortCircuit(torch.autograd.Function):
@@ -37,13 +38,14 @@ def pass_by(result: Tensor, f: Tensor, sign: int) -> Tensor:
 
 
 def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph) -> fx.GraphModule:
-    """A subgraph as a function: inputs, sizes and states in; representations, then pre-activations, out."""
+    """A subgraph as a function: inputs, sizes, states and twins in; representations, then pre-activations, out."""
     nodes = {node.name: node for node in source.graph.nodes}
     body, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     attributes: dict[str, Any] = {}
     for value in (*subgraph.inputs, *sizes_read(graph, subgraph)):
         copied[nodes[value]] = body.placeholder(value)
     states = {name: body.placeholder(_identifier(name)) for name in subgraph.states}
+    twins = {states[name]: body.placeholder(twin_name(name)) for name in twins_read(graph, subgraph)}
     for name in subgraph.operations:
         node = nodes[name]
         for attribute in node.all_input_nodes:
@@ -56,7 +58,7 @@ def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph)
                     copied[attribute] = body.get_attr(target)
         if node.op == "call_module":
             attributes[str(node.target)] = source.get_submodule(str(node.target))
-        copied[node] = body.node_copy(node, copied.__getitem__)
+        copied[node] = _with_twins(body, node, copied, twins)
         f = graph.operation[name].discrete_of
         if f:
             arguments = (copied[node], copied[nodes[f.removeprefix("-")]], -1 if f.startswith("-") else 1)
@@ -65,6 +67,38 @@ def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph)
     h = [copied[nodes[name]] for name in preactivations(subgraph)]
     body.output((*z, *h))
     return fx.GraphModule(attributes, body, class_name="Subgraph")
+
+
+def _with_twins(
+    body: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node], twins: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """A copy of the node, which sends errors through twins if it is linear and applies a weight that has one.
+
+    twins: the twin of each weight, and of what is made of weights alone (a transposed one); grows.
+    """
+    sources = [copied[n] for n in node.all_input_nodes]
+    if node.op != "call_function" or twins.keys().isdisjoint(sources):
+        return body.node_copy(node, copied.__getitem__)
+    if all(n in twins or n.op == "get_attr" for n in sources):
+        copy = body.node_copy(node, copied.__getitem__)
+        twins[copy] = body.node_copy(node, lambda n: twins.get(copied[n], copied[n]))
+        return copy
+    if not LINEAR.match(str(node.target)):
+        return body.node_copy(node, copied.__getitem__)
+    given: Any = fx.map_arg((node.args, dict(node.kwargs)), copied.__getitem__)
+    twinned: Any = fx.map_arg(given, lambda n: twins.get(n, n))
+    return body.call_function(through_twin, (cast(Any, node.target), given, twinned))
+
+
+def twin_name(parameter: str) -> str:
+    """The name under which a parameter's twin is kept among the feedback maps."""
+    return "twin_" + "".join(c if c.isalnum() or c == "_" else "_" for c in parameter.replace(".", "__"))
+
+
+def twins_read(graph: LocalGraph, subgraph: Subgraph) -> tuple[str, ...]:
+    """The states of a subgraph that have twins."""
+    known = set(graph.twins)
+    return tuple(name for name in subgraph.states if name in known)
 
 
 def sizes_read(graph: LocalGraph, subgraph: Subgraph) -> tuple[str, ...]:

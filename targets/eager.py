@@ -31,8 +31,11 @@ from graphlocal.targets.bodies import (
     sizes_read,
     subgraph_body,
     tail_function,
+    twin_name,
+    twins_read,
 )
 from graphlocal.targets.training_graph import TrainingGraph, assemble
+from graphlocal.targets.twins import Twin
 from graphlocal.trace import TracedModel
 
 LossErrors = Callable[[tuple[Any, ...]], Sequence[Tensor | None]]
@@ -47,6 +50,11 @@ def output_errors(loss: LossErrors, outputs: tuple[Any, ...]) -> tuple[Tensor | 
 def batch_size(*candidates: Any) -> int:
     """The size of the first axis of the first candidate that has one."""
     return next((x.shape[0] for x in candidates if isinstance(x, Tensor) and x.dim() > 0), 1)
+
+
+def copied(gradient: Tensor | None) -> Tensor | None:
+    """A gradient of its own, with the same values."""
+    return None if gradient is None else gradient.clone()
 
 
 def apply_updates(apply: Apply, names: tuple[str, ...], *gradients: Tensor | None) -> None:
@@ -86,6 +94,7 @@ class _Emitter:
         self.errors: dict[str, fx.Node] = {}  # of each value, in the units of the loss
         self.feeds: dict[str, list[tuple[fx.Node, fx.Node]]] = {}  # of each subgraph: (output, its error)
         self.messages: dict[str, fx.Node] = {}  # of each vjp connection
+        self.twins: dict[str, fx.Node] = {}
         self.gradients: dict[str, list[fx.Node]] = {}  # contributions to each parameter and E
         self.input_gradients: dict[str, list[fx.Node]] = {}
         self.weight_names = weight_names(graph)
@@ -147,7 +156,8 @@ class _Emitter:
         number = self.graph.number[subgraph.name]
         body = subgraph_body(self.traced.module, self.graph, subgraph)
         inputs = [self.seen[value] for value in (*subgraph.inputs, *sizes_read(self.graph, subgraph))]
-        result = self.call_module(f"F{number}", body, *inputs, *map(self.attribute, subgraph.states))
+        twins = [self._twin(name) for name in twins_read(self.graph, subgraph)]
+        result = self.call_module(f"F{number}", body, *inputs, *map(self.attribute, subgraph.states), *twins)
         names = [*(output.value for output in subgraph.outputs), *preactivations(subgraph)]
         for i, name in enumerate(names):
             self.attached[name] = self.call(operator.getitem, result, i, name=f"{name}_in_F{number}")
@@ -155,6 +165,14 @@ class _Emitter:
         for output in subgraph.outputs:
             cut = self.call(boundary, self.attached[output.value], output.value in sent_back, name=output.value)
             self.seen[output.value] = cut
+
+    def _twin(self, parameter: str) -> fx.Node:
+        """The twin of a parameter, the same for all subgraphs."""
+        if parameter not in self.twins:
+            name = twin_name(parameter)
+            stored = self._get(f"error_weights.{name}") if hasattr(self.roots["error_weights"], name) else None
+            self.twins[parameter] = self.call_module(name, Twin(self.rule), self.attribute(parameter), stored)
+        return self.twins[parameter]
 
     def _loss(self) -> None:
         outputs = tuple(self._returned(value) for value in self.graph.outputs)
@@ -249,11 +267,15 @@ class _Emitter:
         taken = [self.call(operator.getitem, result, i) for i in range(shape.parameters + shape.inputs)]
         for name, node in zip(weights, taken[: shape.parameters], strict=True):
             self.gradients.setdefault(name, []).append(node)
+            if self.rule.learns_feedback and name in self.graph.twins:
+                self.gradients.setdefault(f"error_weights.{twin_name(name)}", []).append(self.call(copied, node))
         for connection, node in zip(sent, taken[shape.parameters :], strict=False):
             self.messages[connection.name] = node
         for name, node in zip(inputs, taken[shape.parameters + len(sent) :], strict=True):
             self.input_gradients.setdefault(name, []).append(node)
-        self._apply([name for name in weights if self.last_user[name] == subgraph.name])
+        done = [name for name in weights if self.last_user[name] == subgraph.name]
+        twins = [f"error_weights.{twin_name(name)}" for name in done]
+        self._apply([*done, *(name for name in twins if name in self.gradients)])
 
     def _apply(self, names: list[str]) -> None:
         if self.fused and names:

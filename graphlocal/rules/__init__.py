@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from graphlocal.errors import InputError, nearest
+from graphlocal.rules.alignment import DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetric
 from graphlocal.rules.backprop import Backprop
 from graphlocal.rules.base import Neuron, Rule, features, loss_connections, vjp_connections
-from graphlocal.rules.rec_lra import RecLRA, feedback_connection
+from graphlocal.rules.rec_lra import RecLRA
+from graphlocal.rules.wiring import feedback_connection, skip_errors_from_output
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Backprop, RecLRA)}
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule
+    for rule in (Backprop, RecLRA, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack, SignSymmetric)
+}
 
 
 def find(rule: str | Rule) -> Rule:
@@ -30,12 +35,17 @@ def find(rule: str | Rule) -> Rule:
 __all__ = [
     "RULES",
     "Backprop",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
+    "KolenPollack",
     "Neuron",
     "RecLRA",
     "Rule",
+    "SignSymmetric",
     "features",
     "feedback_connection",
     "find",
     "loss_connections",
+    "skip_errors_from_output",
     "vjp_connections",
 ]  # fmt: skip

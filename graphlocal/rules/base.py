@@ -77,6 +77,19 @@ class Rule(ABC):
         rows, columns = connection.weight
         return torch.randn(rows, columns, generator=generator).div(max(columns, 1) ** 0.5)
 
+    def twins(self, graph: LocalGraph) -> tuple[str, ...]:
+        """The parameters in whose place errors go down through a feedback twin; by default none."""
+        return ()
+
+    def initial_twin(self, weight: Tensor, generator: torch.Generator) -> Tensor | None:
+        """What is stored of the twin of a weight, or None if `twin` needs nothing but the weight."""
+        return None
+
+    def twin(self, weight: Tensor, stored: Tensor | None) -> Tensor:
+        """The twin B of a weight, in its shape, at one step."""
+        assert stored is not None
+        return stored
+
     def feedback_cotangent(self, neuron: Neuron, displacement: Tensor) -> Tensor | None:
         """C such that E's update is mean(C eᵀ), with e the source's error; None keeps E fixed."""
         return None

@@ -183,6 +183,7 @@ class _Parts:
     subgraphs: list[Subgraph] = field(default_factory=list)
     neurons: list[ErrorNeuron] = field(default_factory=list)
     connections: list[Connection] = field(default_factory=list)
+    twins: list[str] = field(default_factory=list)
     schedule: list[Action] = field(default_factory=list)
 
     def graph(self, name: str) -> LocalGraph:
@@ -197,6 +198,7 @@ class _Parts:
             rule=self.rule,
             error_neurons=tuple(self.neurons),
             connections=tuple(self.connections),
+            twins=tuple(self.twins),
             schedule=tuple(self.schedule),
         )
 
@@ -204,7 +206,7 @@ class _Parts:
 _STATE_KINDS: tuple[Literal["parameter", "buffer", "constant"], ...] = ("parameter", "buffer", "constant")
 _CONNECTIONS = ("loss", "vjp", "feedback")
 _SUBGRAPH = ("subgraph", "reads", "runs", "gives")
-_KEYWORDS = ("graph", "input", "state", "size", "op", "output", *_SUBGRAPH, "neuron", *_CONNECTIONS, "step")
+_KEYWORDS = ("graph", "input", "state", "size", "op", "output", *_SUBGRAPH, "neuron", *_CONNECTIONS, "twin", "step")
 
 
 def _read(line: _Line, parts: _Parts) -> None:
@@ -236,6 +238,8 @@ def _read(line: _Line, parts: _Parts) -> None:
             parts.neurons.append(ErrorNeuron(name, line.words("the name of a value")))
         case "loss" | "vjp" | "feedback" as kind:
             parts.connections.append(_connection(line, kind))
+        case "twin":
+            parts.twins.append(line.word("the name of a parameter"))
         case "step":
             parts.schedule.extend(_actions(line.number, line.text))
             return

@@ -77,6 +77,7 @@ def _headline(graph: LocalGraph) -> str:
     counts = [f"{len(graph.operations)} operations", f"{elements:,} parameters{frozen}"]
     counts.append(f"{len(graph.subgraphs)} subgraphs" if graph.subgraphs else "not yet partitioned")
     rule = f"\nrule: {graph.rule}" if graph.rule else ""
+    rule += f", errors through feedback twins of {len(graph.twins)} weights" if graph.twins else ""
     return f"{graph.name}: " + ", ".join(counts) + rule
 
 

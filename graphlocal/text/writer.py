@@ -33,6 +33,7 @@ def to_text(graph: LocalGraph) -> str:
     for neuron in graph.error_neurons:
         lines.append(f"neuron {_word(neuron.subgraph)} measures {_words(neuron.values)}")
     lines += [_connection(connection) for connection in graph.connections]
+    lines += [f"twin {_word(name)}" for name in graph.twins]
     return "\n".join([*lines, *_steps(graph.schedule)]) + "\n"
 
 

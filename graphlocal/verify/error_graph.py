@@ -62,10 +62,13 @@ def dead_parameters(graph: LocalGraph) -> tuple[str, ...]:
 
     An auxiliary head whose loss only the model's own code could ask for is one; autograd trains it no more.
     """
-    living = {op.name for op in graph.operations if op.name in graph.outputs}
+    living = set(graph.outputs)
+    groups: set[str] = set()  # with an operation that lives: those that share memory influence each other unseen
     for op in reversed(graph.operations):
-        if op.name in living:
-            living.update(op.inputs)
+        if op.name in living or op.group in groups:
+            living.update((op.name, *op.inputs))
+        groups.update(graph.operation[name].group for name in op.inputs if name in living and name in graph.operation)
+        groups.discard("")
     read = {name for op in graph.operations if op.name in living for name in op.states}
     return tuple(state.name for state in graph.states if state.trainable and state.name not in read)
 
