@@ -313,3 +313,25 @@ def test_options_out_of_range_are_refused(options):
     (name,) = options
     with pytest.raises(graphlocal.GraphLocalError, match=name):
         RecLRA(**options)
+
+
+class Weighted(nn.Module):
+    """Two layers weighted by a softmax over parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares = nn.Parameter(torch.randn(2))
+        self.first, self.second, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.shares.softmax(0)
+        z = torch.tanh(self.first(x)) * shares[0]
+        return self.head(torch.tanh(self.second(z)) * shares[1])
+
+
+def test_a_value_made_of_parameters_alone_gets_its_error_from_those_that_read_it():
+    local = graphlocal.compile(Weighted(), example_inputs=(torch.randn(4, 6),))
+    back = {(c.source, c.target) for c in local.graph.connections if c.kind == "vjp"}
+    assert back == {("first", "prelude"), ("second", "prelude")}
+    local(torch.randn(4, 6)).square().sum().backward()
+    assert local.original.shares.grad.abs().min() > 0

@@ -22,9 +22,12 @@ def skip_errors_from_output(
     An output with more features than `max_source_features`, or with a number of features that changes from batch to
     batch, sends its error through its own exact derivative. share: of the model's trainable parameters, the most
     that one E may hold; total: that all may hold together. An E that would hold more becomes the product of two
-    factors of the rank that fits.
+    factors of the rank that fits. A value made of parameters alone (`weights.softmax(0)`) is a parameter of those that
+    read it: their own derivatives are its error.
     """
     exact, sources = _exact_paths(graph, max_source_features)
+    known = {c.name for c in exact}
+    exact += [c for c in _from_readers(graph) if c.name not in known]
     wired = {(c.target, c.value) for c in exact}
     learning = learning_values(graph)
     wired.update((s.name, z.value) for s in graph.subgraphs for z in s.outputs if z.value not in learning)
@@ -56,6 +59,16 @@ def _exact_paths(graph: LocalGraph, max_source_features: int) -> tuple[list[Conn
             if connection.target not in pending:
                 pending.append(connection.target)
     return connections, sources
+
+
+def _from_readers(graph: LocalGraph) -> list[Connection]:
+    """The derivatives that subgraphs send back to values which depend on no input of the model."""
+    given = {item.name for item in graph.inputs}
+    for op in graph.operations:
+        if not given.isdisjoint(op.inputs):
+            given.add(op.name)
+    back = (vjp_connections(graph, neuron.subgraph) for neuron in graph.error_neurons)
+    return [c for found in back for c in found if c.value not in given]
 
 
 def _is_wide(graph: LocalGraph, name: str, max_source_features: int) -> bool:
