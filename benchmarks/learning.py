@@ -14,21 +14,21 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import graphlocal
 from benchmarks import report
 from graphlocal.data import Dataset, load
-from graphlocal.rules import RecLRA, Rule
+from graphlocal.nn import Signum
+from graphlocal.rules import (
+    DirectFeedbackAlignment,
+    FeedbackAlignment,
+    KolenPollack,
+    RecLRA,
+    Rule,
+    SignSymmetric,
+)
 from graphlocal.training import step_for, train
-
-
-class Sign(nn.Module):
-    """A unit without a derivative."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape."""
-        return torch.sign(x)
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,13 @@ TASKS = (
     Task(
         "digits, 64-128-128-10 tanh, Adam 1e-3, batch 32, 20 epochs",
         "digits", (64, 128, 128, 10), nn.Tanh, 1e-3, 20,
-        (("backprop", None, None), ("rec-lra", RecLRA(), 7.0)),
+        (("backprop", None, None), ("rec-lra", RecLRA(), 7.0), ("fa", FeedbackAlignment(), None),
+         ("dfa", DirectFeedbackAlignment(), None), ("kolen-pollack", KolenPollack(), None),
+         ("sign-symmetric", SignSymmetric(), None)),
     ),
     Task(
         "digits, 64-128-128-10 with sign units, Adam 1e-3, batch 32, 20 epochs",
-        "digits", (64, 128, 128, 10), Sign, 1e-3, 20,
+        "digits", (64, 128, 128, 10), Signum, 1e-3, 20,
         (("backprop", None, None), ("rec-lra", RecLRA(), 9.0)),
     ),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from graphlocal.feedback import Layout, cotangent_update
 from graphlocal.ir import LocalGraph, Subgraph
 from graphlocal.rules import Neuron, Rule
+from graphlocal.targets.group_norm import group_norm
 from graphlocal.targets.twins import LINEAR, through_twin
 
 
@@ -58,11 +59,16 @@ def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph)
                     copied[attribute] = body.get_attr(target)
         if node.op == "call_module":
             attributes[str(node.target)] = source.get_submodule(str(node.target))
-        copied[node] = _with_twins(body, node, copied, twins)
+        if node.target is torch.ops.aten.group_norm.default:
+            arguments = fx.map_arg((node.args, dict(node.kwargs)), copied.__getitem__)
+            copied[node] = body.call_function(group_norm, *arguments)
+        else:
+            copied[node] = _with_twins(body, node, copied, twins)
         f = graph.operation[name].discrete_of
         if f:
-            arguments = (copied[node], copied[nodes[f.removeprefix("-")]], -1 if f.startswith("-") else 1)
-            copied[node] = body.call_function(pass_by, arguments)
+            copied[node] = body.call_function(
+                pass_by, (copied[node], copied[nodes[f.removeprefix("-")]], -1 if f.startswith("-") else 1)
+            )
     z = [copied[nodes[output.value]] for output in subgraph.outputs]
     h = [copied[nodes[name]] for name in preactivations(subgraph)]
     body.output((*z, *h))

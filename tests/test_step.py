@@ -357,3 +357,15 @@ def test_a_loss_that_is_not_a_number_is_refused_and_nothing_is_learned():
     with pytest.raises(LocalTrainingError, match="the loss is not a number"):
         step(x * float("nan"), y)
     torch.testing.assert_close(state(local), before, rtol=0, atol=0)
+
+
+def test_a_subgraph_may_begin_with_group_norm_on_channels_last():
+    """Without care torch's CPU kernel ends the process: it wants the gradient of the input to be asked for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 1, 1).to(memory_format=torch.channels_last)
+    local = graphlocal.compile(model, example_inputs=(x,), partition=["0", "1", "2", "4"])
+    assert list(local.graph.subgraph)[:2] == ["0", "1"]
+    local(x).sum().backward()
+    assert local.original[1].weight.grad.abs().sum() > 0
