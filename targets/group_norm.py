@@ -16,7 +16,8 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tenso
                eps: float = 1e-5, cudnn: bool = True) -> Tensor:  # fmt: skip
     """`aten.group_norm`; the values are the same."""
     if x.requires_grad or x.device.type != "cpu" or weight is None or not weight.requires_grad:
-        return torch.ops.aten.group_norm.default(x, groups, weight, bias, eps, cudnn)  # type: ignore[no-any-return]
+        result: Tensor = torch.ops.aten.group_norm.default(x, groups, weight, bias, eps, cudnn)
+        return result
     return _GroupNorm.apply(x, groups, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -27,6 +28,7 @@ class _GroupNorm(torch.autograd.Function):
             torch.contiguous_format)  # fmt: skip
         x = x.contiguous(memory_format=layout)
         ctx.sizes = x.shape[0], x.shape[1], x[0, 0].numel(), groups
+        result: Tensor
         result, mean, scale = torch.ops.aten.native_group_norm.default(x, weight, bias, *ctx.sizes, eps)
         ctx.save_for_backward(x, mean, scale, weight)
         ctx.layout = layout
