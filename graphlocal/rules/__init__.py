@@ -6,12 +6,13 @@ from graphlocal.errors import InputError, nearest
 from graphlocal.rules.alignment import DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetric
 from graphlocal.rules.backprop import Backprop
 from graphlocal.rules.base import Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.lra import LRAFeedback
 from graphlocal.rules.rec_lra import RecLRA
-from graphlocal.rules.wiring import feedback_connection, skip_errors_from_output
+from graphlocal.rules.wiring import feedback_along_data, feedback_connection, skip_errors_from_output
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
-    for rule in (Backprop, RecLRA, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack, SignSymmetric)
+    for rule in (Backprop, RecLRA, LRAFeedback, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack, SignSymmetric)
 }
 
 
@@ -38,11 +39,13 @@ __all__ = [
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
     "KolenPollack",
+    "LRAFeedback",
     "Neuron",
     "RecLRA",
     "Rule",
     "SignSymmetric",
     "features",
+    "feedback_along_data",
     "feedback_connection",
     "find",
     "loss_connections",

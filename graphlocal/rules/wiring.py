@@ -35,6 +35,30 @@ def skip_errors_from_output(
     return (*exact, *_bounded(graph, skip_errors, share, total))
 
 
+def feedback_along_data(
+    graph: LocalGraph, max_source_features: int, share: float = 0.25, total: float = 1.0
+) -> tuple[Connection, ...]:
+    """The loss's exact paths, and below them a feedback map against every data edge: from reader to what it read.
+
+    The bounds are those of `skip_errors_from_output`.
+    """
+    exact, _ = _exact_paths(graph, max_source_features)
+    known = {c.name for c in exact}
+    exact += [c for c in _from_readers(graph) if c.name not in known]
+    wired = {(c.target, c.value) for c in exact}
+    learning = learning_values(graph)
+    drawn = [
+        feedback_connection(graph, reader.name, source_value, neuron.subgraph, value, depth=1)
+        for neuron in graph.error_neurons
+        for value in neuron.values
+        if (neuron.subgraph, value) not in wired and value in learning
+        for reader in graph.readers.get(value, ())
+        if reader.name in graph.neuron
+        for source_value in graph.neuron[reader.name].values
+    ]
+    return (*exact, *_bounded(graph, drawn, share, total))
+
+
 def _bounded(graph: LocalGraph, connections: list[Connection], share: float, total: float) -> list[Connection]:
     """The connections with feedback maps that keep to `share` and `total`."""
     parameters = sum(math.prod(map(int, s.type.shape)) for s in graph.states if s.trainable)

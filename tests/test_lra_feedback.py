@@ -1,0 +1,104 @@
+"""LRA-fdbk against a plain transcription, on any model, and with the losses and bounds of the paper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training import assert_same_forward, step
+
+import graphlocal
+import zoo
+from graphlocal.errors import InputError
+from graphlocal.feedback import weight_names
+from graphlocal.rules import LRAFeedback
+
+DOUBLE = torch.float64
+WHOLE = {"feedback_share": 10.0, "feedback_total": 10.0}
+
+
+def perceptron(unit: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), unit(), nn.Linear(7, 6), unit(), nn.Linear(6, 3)).double()
+
+
+def normalized(v: Tensor, bound: float | None) -> Tensor:
+    return v if bound is None or v.norm() < bound else v * bound / v.norm()
+
+
+LOSSES = {
+    "cauchy": lambda z, y: torch.log(1 + (z - y) ** 2),
+    "l2": lambda z, y: (z - y) ** 2 / 2,
+    "l1": lambda z, y: (z - y).abs(),
+}
+
+
+def by_hand(model: nn.Sequential, x: Tensor, maps: dict[str, Tensor], rule: LRAFeedback) -> dict[str, Tensor]:
+    """Sample by sample and layer by layer, with the local loss differentiated by autograd."""
+    updates = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in x:
+        z, h = [row], []
+        for layer in (0, 2, 4):
+            h.append((model[layer].weight @ z[-1] + model[layer].bias).detach())
+            z.append(h[-1] if layer == 4 else torch.tanh(h[-1]))
+        delta = 2 * z[-1] / len(z[-1])  # of the loss mean over the outputs
+        for layer, i in ((4, 2), (2, 1), (0, 0)):
+            updates[f"{layer}.weight"] += torch.outer(delta, z[i]) / len(x)
+            updates[f"{layer}.bias"] += delta / len(x)
+            if layer:
+                below = str(layer - 2)
+                d = normalized(maps[below] @ delta, rule.c2)
+                y = torch.tanh(h[i - 1] - rule.beta * d)
+                a = h[i - 1].clone().requires_grad_()
+                (delta,) = torch.autograd.grad(LOSSES[rule.local_loss](torch.tanh(a), y).sum(), a)
+    return {name: normalized(update, rule.c1) for name, update in updates.items()}
+
+
+@pytest.mark.parametrize("c1", [None, 0.05])
+@pytest.mark.parametrize("c2", [None, 0.1])
+@pytest.mark.parametrize("local_loss", list(LOSSES))
+def test_updates_equal_the_transcription(local_loss, c1, c2):
+    rule = LRAFeedback(local_loss=local_loss, beta=0.3, c1=c1, c2=c2, **WHOLE)
+    model, x = perceptron(), torch.randn(4, 5, dtype=DOUBLE)
+    local = graphlocal.compile(model, example_inputs=(x,), rule=rule, partition="leaf")
+    names = weight_names(local.graph)
+    maps = {c.target: getattr(local.error_weights, *names[c.name])
+            for c in local.graph.connections if c.kind == "feedback"}  # fmt: skip
+    local(x).square().mean().backward()
+    for name, update in by_hand(model, x, maps, rule).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, update, rtol=1e-9, atol=1e-13, msg=name)
+
+
+def test_every_subgraph_gets_its_displacement_from_those_that_read_it():
+    local = graphlocal.compile(perceptron(), example_inputs=(torch.randn(4, 5, dtype=DOUBLE),), rule="lra-fdbk")
+    assert [(c.source, c.target) for c in local.graph.connections if c.kind == "feedback"] == [("2", "0"), ("4", "2")]
+
+
+@pytest.mark.parametrize("model", zoo.models(exclude=("unused",)))
+def test_every_parameter_of_any_model_gets_a_finite_update(model):
+    example = model.example(DOUBLE)
+    local = graphlocal.compile(model.make(DOUBLE), example_inputs=example, rule="lra-fdbk")
+    true = step(model.make(DOUBLE), example, model.loss)
+    found = step(local, example, model.loss)
+    assert_same_forward(found, true)
+    for name, gradient in true.gradients.items():
+        if gradient is not None and gradient.abs().max() > 1e-12:
+            assert found.gradients[name].isfinite().all(), name
+            assert found.gradients[name].any(), name
+
+
+def test_the_standard_deviation_of_the_maps_is_sigma():
+    x = torch.randn(4, 400)
+    model = nn.Sequential(nn.Linear(400, 300), nn.Tanh(), nn.Linear(300, 200))
+    local = graphlocal.compile(model, example_inputs=(x,), rule=LRAFeedback(sigma=0.7, **WHOLE))
+    (feedback,) = local.error_weights.buffers()
+    assert abs(float(feedback.std()) - 0.7) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"local_loss": "l3"}, "local_loss='l3'"), ({"beta": 0}, "beta=0"), ({"c2": -1.0}, r"c2=-1\.0")],
+)
+def test_options_out_of_range_are_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        LRAFeedback(**options)
