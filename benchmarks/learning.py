@@ -24,6 +24,7 @@ from graphlocal.rules import (
     DirectFeedbackAlignment,
     FeedbackAlignment,
     KolenPollack,
+    LRAFeedback,
     RecLRA,
     Rule,
     SignSymmetric,
@@ -43,6 +44,10 @@ class Task:
     epochs: int
     rules: tuple[tuple[str, Rule | None, float | None], ...]
     """(name, rule or None for autograd, the bar on its test error in per cent)"""
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
+    batch: int = 32
+    sigma: float | None = None
+    """Standard deviation of all initial weights; None is PyTorch's default."""
     within: float | None = None
     """The most by which a rule with a bar may be worse than backpropagation, in points."""
 
@@ -55,6 +60,12 @@ TASKS = (
          ("rec-lra, E learned (kp)", RecLRA(error_weights="kp"), None),
          ("rec-lra with phi'", RecLRA(derivative=True), None)),
         within=2.5,
+    ),
+    Task(
+        "Fashion-MNIST, 784-8x128-10 tanh, weights N(0, 0.025), SGD 0.01, batch 50, 3 epochs",
+        "fashion-mnist", (784, *[128] * 8, 10), nn.Tanh, 0.01, 3,
+        (("backprop", None, None), ("lra-fdbk", LRAFeedback(), None), ("rec-lra", RecLRA(), None)),
+        torch.optim.SGD, 50, 0.025,
     ),
     Task(
         "digits, 64-128-128-10 tanh, Adam 1e-3, batch 32, 20 epochs",
@@ -71,25 +82,28 @@ TASKS = (
 )  # fmt: skip
 
 
-def network(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Module:
+def network(widths: tuple[int, ...], activation: type[nn.Module], sigma: float | None) -> nn.Module:
     """Linear layers with an activation after each but the last."""
     layers: list[nn.Module] = [nn.Flatten()]
     for i, (before, after) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Linear(before, after), *([activation()] if i < len(widths) - 2 else [])]
-    return nn.Sequential(*layers)
+    model = nn.Sequential(*layers)
+    for parameter in model.parameters() if sigma else ():
+        nn.init.normal_(parameter, std=sigma if parameter.dim() > 1 else 0.0)
+    return model
 
 
 def run(task: Task, data: Dataset, seed: int) -> dict[str, float]:
     """Test error in per cent of each rule."""
     torch.manual_seed(seed)
-    start = network(task.widths, task.activation)
+    start = network(task.widths, task.activation, task.sigma)
     errors = {}
     for name, rule, _ in task.rules:
         model = copy.deepcopy(start)
         if rule is not None:
             model = graphlocal.compile(model, example_inputs=(data.train_x[:8],), rule=rule)
-        step = step_for(model, torch.optim.Adam(model.parameters(), task.lr))
-        for history in train(model, step, data, epochs=task.epochs, batch_size=32, seed=seed):
+        step = step_for(model, task.optimizer(model.parameters(), task.lr))
+        for history in train(model, step, data, epochs=task.epochs, batch_size=task.batch, seed=seed):
             errors[name] = history.test_error[-1]
             print(f"{task.data} seed {seed} {name}: {errors[name]:.2f} %", file=sys.stderr)
     return errors

@@ -138,7 +138,7 @@ def _digits() -> Dataset:
 
 
 def _from_idx(name: str, source: _Source, folder: Path) -> Dataset:
-    paths = {field: folder / source.folder / file for field, file in _FILES.items()}
+    paths = {field: _zipped_or_not(folder / source.folder / file) for field, file in _FILES.items()}
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
         raise InputError(
@@ -162,10 +162,16 @@ def _from_idx(name: str, source: _Source, folder: Path) -> Dataset:
     return Dataset(name=name, classes=source.classes, **loaded)
 
 
+def _zipped_or_not(path: Path) -> Path:
+    """The gzip file as it is distributed, or else the unpacked one beside it."""
+    unpacked = path.with_suffix("")
+    return unpacked if unpacked.is_file() and not path.is_file() else path
+
+
 def _read_idx(path: Path, dims: int) -> torch.Tensor:
-    """The unsigned bytes of a gzipped IDX file: two zeros, type, rank, then the sizes as big-endian int32."""
+    """The unsigned bytes of an IDX file, gzipped or not: two zeros, type, rank, then the sizes as big-endian int32."""
     try:
-        content = gzip.decompress(path.read_bytes())
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError("not a whole gzip file", where=str(path), why=str(error), remedy="fetch it again") from None
     start = 4 + 4 * dims

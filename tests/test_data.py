@@ -48,6 +48,14 @@ def equal(one: Dataset, other: Dataset) -> bool:
     return all(torch.equal(getattr(one, field), getattr(other, field)) for field in fields)
 
 
+def test_unpacked_files_are_read_as_the_gzipped_ones_are(folder: Path) -> None:
+    zipped = load("mnist", folder)
+    for path in list((folder / RAW["mnist"]).iterdir()):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    assert equal(load("mnist", folder), zipped)
+
+
 def test_digits_are_scaled_images_in_a_stratified_split_that_is_always_the_same() -> None:
     data = load("digits")
     assert data.train_x.shape == (1437, 1, 8, 8)

@@ -40,7 +40,7 @@ class LRAFeedback(Rule):
 
     name: ClassVar[str] = "lra-fdbk"
     local_loss: Literal["cauchy", "l2", "l1"] = "cauchy"
-    beta: float = 0.1
+    beta: float = 1.0
     sigma: float | None = None
     c1: float | None = 1.0
     c2: float | None = 1.0
