@@ -95,10 +95,18 @@ class Compiled:
         return tuple(COMPUTED if isinstance(x, fx.Node) else x for x in output.args[0])
 
     @cached_property
-    def differentiable(self) -> tuple[bool, ...]:
+    def taken(self) -> tuple[bool, ...]:
         """For each output that the graph computes: whether an error neuron takes its gradient."""
         taken = {c.value for c in self.graph.connections if c.kind == "loss"}
         return tuple(value in taken for value in self.graph.outputs)
+
+    @cached_property
+    def differentiable(self) -> tuple[bool, ...]:
+        """Those of `taken` that depend on a parameter by way of derivatives: what no_grad computed does not."""
+        (output,) = self.traced.module.graph.find_nodes(op="output")
+        pairs = zip(output.args[0], self.traced.requires_grad, strict=True)
+        flags = [flag for value, flag in pairs if isinstance(value, fx.Node)]
+        return tuple(taken and flag for taken, flag in zip(self.taken, flags, strict=True))
 
     def mismatch(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> set[tuple[int, int]] | None:
         """None if a call fits, else the (leaf, axis) of sizes that differ; empty if more than sizes differs."""

@@ -23,6 +23,14 @@ _calls: dict[int, OpaqueLeaf] = {}
 _keys = itertools.count()
 
 
+class NotALeafError(TraceError):
+    """A submodule that can't be an opaque leaf; `modules` holds its path."""
+
+    def __init__(self, path: str, why: str) -> None:
+        self.modules = (path,)
+        super().__init__(f"{path} can't be an opaque leaf: {why}")
+
+
 class OpaqueLeaf(nn.Module):
     """One call of a user's submodule: flat tensors in, flat tuple of tensors out.
 
@@ -88,7 +96,7 @@ torch.library.register_fake("graphlocal::opaque", _fake, lib=_library)
 def opaque_leaves(model: nn.Module, paths: tuple[str, ...], run: Any) -> Iterator[None]:
     """Make the submodules at `paths` opaque to the tracer; `run()` is one eager call that records their shapes.
 
-    Raises TraceError for a submodule that is not called, or called without a tensor.
+    Raises NotALeafError for a submodule that is not called, or called without a tensor.
     """
     if not paths:
         yield
@@ -96,7 +104,7 @@ def opaque_leaves(model: nn.Module, paths: tuple[str, ...], run: Any) -> Iterato
     recorded = _record_calls(model, paths, run)
     missing = [path for path in paths if not recorded[path]]
     if missing:
-        raise TraceError(f"{missing[0]} can't be an opaque leaf: it was not called")
+        raise NotALeafError(missing[0], "it was not called")
     with ExitStack() as stack:
         for path in paths:
             stack.enter_context(_stubbed(model.get_submodule(path), recorded[path]))
@@ -110,7 +118,7 @@ def _record_calls(model: nn.Module, paths: tuple[str, ...], run: Any) -> dict[st
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             leaves, spec = pytree.tree_flatten((args, kwargs))
             if not any(isinstance(x, torch.Tensor) for x in leaves):
-                raise TraceError(f"{path} can't be an opaque leaf: it is called without a tensor")
+                raise NotALeafError(path, "it is called without a tensor")
             recorded[path].append(OpaqueLeaf(path, module, leaves, spec, result))
 
         return hook

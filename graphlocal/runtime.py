@@ -202,6 +202,10 @@ class LocalModule(nn.Module):
         return f"rule={self.options.rule}"
 
 
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 def _children(module: nn.Module) -> tuple[int, ...]:
     """The identities of a module's own submodules and parameters."""
     return (*map(id, module._modules.values()), *map(id, module._parameters.values()))
@@ -214,6 +218,7 @@ class LocalStep:
         self.local, self.compiled = local, compiled
         self.saved: list[Any] | None = saved
         self.inputs = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        self.taken = compiled.taken if self.inputs else compiled.differentiable
         if self.inputs:
             _refuse_lost_input_gradients(compiled, leaves)
         self.targets = [
@@ -227,8 +232,8 @@ class LocalStep:
         self.outputs = outputs
         attached = iter(_LocalUpdates.apply(self, *self.targets))  # type: ignore[no-untyped-call]
         del self.targets
-        taken = zip(outputs, self.compiled.differentiable, strict=True)
-        return [next(attached) if differentiable else value for value, differentiable in taken]
+        taken = zip(outputs, self.taken, strict=True)
+        return [next(attached) if differentiable else _detached(value) for value, differentiable in taken]
 
     def backward(self, errors: Sequence[Tensor | None], retain: bool) -> list[Tensor | None]:
         """The gradients of the parameters, of the learned feedback maps, and of the inputs that want one."""
@@ -238,7 +243,7 @@ class LocalStep:
                 remedy="call the first backward with retain_graph=True",
             )
         given = iter(errors)
-        aligned = tuple(next(given) if taken else None for taken in self.compiled.differentiable)
+        aligned = tuple(next(given) if taken else None for taken in self.taken)
         weights, feedback, inputs = self.compiled.run_passes[1](self.saved, aligned, retain)
         if not retain:
             self.saved = None
@@ -255,7 +260,7 @@ class _LocalUpdates(torch.autograd.Function):
     def forward(ctx: Any, step: LocalStep, *targets: Tensor) -> tuple[Tensor, ...]:
         ctx.step = step
         ctx.set_materialize_grads(False)
-        taken = zip(step.outputs, step.compiled.differentiable, strict=True)
+        taken = zip(step.outputs, step.taken, strict=True)
         outputs = tuple(value.detach() for value, differentiable in taken if differentiable)
         del step.outputs
         return outputs

@@ -65,10 +65,16 @@ class _Run:
     buffers: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor | None]
     changed: list[tuple[str, str]]
+    requires_grad: tuple[bool, ...]
 
 
-def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, out_spec: pytree.TreeSpec) -> None:
+Flags = tuple[bool, ...]
+
+
+def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, out_spec: pytree.TreeSpec) -> Flags:
     """Compare graph and model: outputs and buffers bit-equal under three seeds.
+
+    Returns, for each flat output of the eager model, whether it requires a gradient.
 
     The gradients of a loss on all float outputs must agree as well (to 1e-4 of the largest entry), so that a
     lost `no_grad`, `detach` or custom backward is found. Where the graph leaves the batch size open, two rows
@@ -77,8 +83,7 @@ def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, o
     Raises TraceError (BufferMismatch for a buffer, StateMismatch for a Python attribute) that says what differs.
     """
     if has_guards(module):
-        _check_recording(model, module, arguments, out_spec)
-        return
+        return _check_recording(model, module, arguments, out_spec)
     arguments = _two_rows(model, module, arguments) or arguments
     draws = any(is_random(node) for node in module.graph.nodes)
     traced: _Run | None = None
@@ -92,9 +97,12 @@ def self_check(model: nn.Module, module: fx.GraphModule, arguments: Arguments, o
     suspects = [(owner, name) for owner, name in eager.changed if not f"{owner}.".startswith(tuple(opaque))]
     if suspects:
         _compare_second_calls(model, module, arguments, suspects)
+    return eager.requires_grad
 
 
-def _check_recording(model: nn.Module, module: fx.GraphModule, arguments: Arguments, out_spec: pytree.TreeSpec) -> None:
+def _check_recording(
+    model: nn.Module, module: fx.GraphModule, arguments: Arguments, out_spec: pytree.TreeSpec
+) -> Flags:
     """Compare in the random state of the recording, then under the seeds and on other data where the guards hold."""
     reordered = arguments.map(lambda x: x.roll(1, 0) if x.dim() > 0 else x)
     for given, seed in ((arguments, None), *((arguments, seed) for seed in SEEDS), (reordered, None)):
@@ -104,7 +112,9 @@ def _check_recording(model: nn.Module, module: fx.GraphModule, arguments: Argume
             if given is arguments and seed is None:
                 raise
             continue
-        _compare(_run(model, given, seed, True, None), traced, out_spec, seed)
+        eager = _run(model, given, seed, True, None)
+        _compare(eager, traced, out_spec, seed)
+    return eager.requires_grad
 
 
 def _compare(eager: _Run, traced: _Run, out_spec: pytree.TreeSpec, seed: int | None) -> None:
@@ -192,8 +202,9 @@ def _run(
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         changed = _changed(before, model)
         gradients = _gradients(model, outputs) if with_gradients else {}
+    flags = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in outputs)
     outputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in outputs]
-    return _Run(outputs, spec if module is None else None, buffers, gradients, changed)
+    return _Run(outputs, spec if module is None else None, buffers, gradients, changed, flags)
 
 
 def _seed(seed: int) -> None:

@@ -18,7 +18,7 @@ import logging
 import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from graphlocal.arguments import Arguments
 from graphlocal.errors import GraphLocalError, InputError, TraceError
 from graphlocal.guards import has_guards
 from graphlocal.normalize import normalize
-from graphlocal.opaque import insert_leaves, opaque_leaves
+from graphlocal.opaque import NotALeafError, insert_leaves, opaque_leaves
 from graphlocal.preserve import preserved, training_mode, watched_calls
 from graphlocal.record import record
 from graphlocal.selfcheck import BufferMismatch, StateMismatch, self_check
@@ -49,7 +49,7 @@ class TracedModel:
     module: flat inputs to flat outputs, in `torch.fx`; its parameters and buffers are the model's own, under
     the model's names. constants: tensors that the tracer found besides them. rung: how it was traced.
     arguments: the example inputs. out_spec: pytree structure of the outputs. opaque: paths of opaque leaves.
-    dynamic: the axes that were traced with a symbolic size.
+    dynamic: the axes that were traced with a symbolic size. requires_grad: of the eager model's flat outputs.
     """
 
     module: fx.GraphModule
@@ -59,6 +59,7 @@ class TracedModel:
     opaque: tuple[str, ...] = ()
     dynamic: DynamicDims = frozenset()
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    requires_grad: tuple[bool, ...] = ()
 
 
 def trace(model: nn.Module, arguments: Arguments, dynamic: DynamicDims | None = None) -> TracedModel:
@@ -88,10 +89,10 @@ def _from_cache(model: nn.Module, arguments: Arguments, key: Hashable | None) ->
     out_spec, rung, dynamic, constants = kept.details
     module = kept.bind(model)
     try:
-        self_check(model, module, arguments, out_spec)
+        flags = self_check(model, module, arguments, out_spec)
     except Exception:
         return None
-    return TracedModel(module, arguments, out_spec, rung, (), dynamic, constants)
+    return TracedModel(module, arguments, out_spec, rung, (), dynamic, constants, flags)
 
 
 def _run_chain(model: nn.Module, arguments: Arguments, dynamic: DynamicDims) -> TracedModel:
@@ -149,13 +150,14 @@ def _export_rung(model: nn.Module, arguments: Arguments, dynamic: DynamicDims, o
             assert isinstance(module, fx.GraphModule)
         traced = _finish(model, module, arguments, dynamic, rung)
     except Exception as error:
-        raise _RungError(Failure(rung, tuple(stack[-1:]), error)) from error
+        where = error.modules if isinstance(error, NotALeafError) else tuple(stack[-1:])
+        raise _RungError(Failure(rung, where, error)) from error
     try:
-        self_check(model, traced.module, arguments, traced.out_spec)
+        flags = self_check(model, traced.module, arguments, traced.out_spec)
     except Exception as error:  # the exporter's fake tensors may have taken what the model doesn't
         where = error.modules if isinstance(error, (BufferMismatch, StateMismatch)) else ()
         raise _RungError(Failure(rung, where, error)) from error
-    return traced
+    return replace(traced, requires_grad=flags)
 
 
 def _record_rung(model: nn.Module, arguments: Arguments) -> TracedModel:
@@ -163,10 +165,10 @@ def _record_rung(model: nn.Module, arguments: Arguments) -> TracedModel:
         with _quiet():
             module = record(model, arguments)
         traced = _finish(model, module, arguments, frozenset(), "recording")
-        self_check(model, traced.module, arguments, traced.out_spec)
+        flags = self_check(model, traced.module, arguments, traced.out_spec)
     except Exception as error:
         raise _RungError(Failure("recording", (), error)) from error
-    return traced
+    return replace(traced, requires_grad=flags)
 
 
 def _finish(

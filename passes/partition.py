@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import networkx as nx
 
 from graphlocal.errors import PartitionError
-from graphlocal.ir import LocalGraph, Operation, Representation, Subgraph
+from graphlocal.ir import OUTPUT, LocalGraph, Operation, Representation, Subgraph
 from graphlocal.passes.boxes import PRELUDE, TAIL, Labels, complete, is_parametric
 from graphlocal.passes.module_boxes import module_boxes
 from graphlocal.passes.policies import Policy, labels
@@ -142,9 +142,9 @@ def _subgraphs(graph: LocalGraph, paths: dict[str, tuple[str, ...]]) -> tuple[Su
 
 
 def _unique_names(graph: LocalGraph, members: dict[tuple[str, ...], list[Operation]]) -> dict[tuple[str, ...], str]:
-    """The box's own name; `box:operation` where a region has that name already."""
+    """The box's own name; `box:operation` where a region has that name already, or the error graph's `output`."""
     names: dict[tuple[str, ...], str] = {}
-    taken: set[str] = {box for path in members for box in path[:-1]}
+    taken: set[str] = {OUTPUT, *(box for path in members for box in path[:-1])}
     for path, inside in members.items():
         main = next((op for op in inside if is_parametric(graph, op)), inside[0])
         candidates = (

@@ -401,3 +401,19 @@ def test_explain_says_which_layers_a_block_without_a_module_is_made_of():
     merged = [line for line in explain(local).splitlines() if "cross between them" in line]
     assert merged
     assert all("as in a residual block" in line and "takes in" in line for line in merged)
+
+
+class NamedOutput(nn.Module):
+    """Its head has the name that the gradient of the loss has in the error graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.output = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(torch.tanh(self.body(x)))
+
+
+def test_a_module_may_be_called_output():
+    local = graphlocal.compile(NamedOutput(), example_inputs=(torch.randn(2, 6),))
+    assert names(local.graph) == ["body", "output:linear_1"]

@@ -329,3 +329,26 @@ def test_weights_and_feedback_maps_that_are_loaded_are_the_ones_that_run(rule, a
         zoo.classify(local(x)).backward()
     for (name, found), true in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(found.grad, true.grad), name
+
+
+class FrozenByNoGrad(nn.Module):
+    """Returns its features, which it computes without gradients, beside the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            features = torch.tanh(self.body(x))
+        return {"logits": self.head(features), "features": features}
+
+
+@pytest.mark.parametrize("rule", ["backprop", "rec-lra"])
+def test_outputs_computed_without_gradients_require_none(rule):
+    model, x = FrozenByNoGrad(), torch.randn(3, 6)
+    model.body.requires_grad_(rule == "backprop")
+    expected = {name: value.requires_grad for name, value in model(x).items()}
+    local = graphlocal.compile(model, example_inputs=(x,), rule=rule)
+    assert {name: value.requires_grad for name, value in local(x).items()} == expected
+    assert expected == {"logits": True, "features": False}

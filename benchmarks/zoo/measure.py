@@ -205,10 +205,10 @@ def _timed(record: Record, name: str) -> Iterator[None]:
 def _self_check_timed(record: Record) -> Iterator[None]:
     check, record.seconds_check = trace.self_check, 0.0
 
-    def timed(*args: Any) -> None:
+    def timed(*args: Any) -> Any:
         start = time.perf_counter()
         try:
-            check(*args)
+            return check(*args)
         finally:
             record.seconds_check += time.perf_counter() - start
 
