@@ -48,6 +48,10 @@ class OpaqueLeaf(nn.Module):
         self.sizes_in = [tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor)]
         self.outputs = [torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x for x in outputs]
 
+    def takes(self, spec: pytree.TreeSpec, leaves: list[Any]) -> bool:
+        """Whether a call has the structure of the recorded one, with tensors in the same places."""
+        return spec == self.in_spec and [isinstance(x, torch.Tensor) for x in leaves] == self._is_tensor
+
     @property
     def submodule(self) -> nn.Module:
         return self._submodule[0]
@@ -141,8 +145,10 @@ def _stubbed(module: nn.Module, calls: list[OpaqueLeaf]) -> Iterator[None]:
         leaf = next(upcoming)
         key = next(_keys)
         _calls[key] = leaf
-        leaves, _ = pytree.tree_flatten((args, kwargs))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        if not leaf.takes(spec, leaves):
+            raise NotALeafError(leaf.path, "while it is traced its caller passes other arguments than when it runs")
         return leaf.tensors_to_result(torch.ops.graphlocal.opaque(tensors, key))
 
     before = module.__dict__.get("forward")
