@@ -125,8 +125,8 @@ def _compare(eager: _Run, traced: _Run, out_spec: pytree.TreeSpec, seed: int | N
             raise TraceError(
                 f"output {i} of the traced graph differs from the eager model's"
                 + (f" (seed {seed})" if seed is not None else ""),
-                why="forward depends on something that the tracer fixed, such as Python's random module, or asks whether "
-                "it is being traced",
+                why="forward depends on something that the tracer fixed, such as Python's random module, or it asks "
+                "whether it is being traced",
                 remedy=_REMEDY,
             )
     wrong = [name for name, value in eager.buffers.items() if not _same(value, traced.buffers[name])]

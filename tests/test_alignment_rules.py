@@ -38,11 +38,10 @@ def test_twins_that_equal_the_weights_give_the_gradients_of_autograd(model):
     assert_same_gradients(found.gradients, true.gradients)
 
 
-@pytest.mark.parametrize("rule", ALL, ids=str)
+@pytest.mark.parametrize("rule", [rule for rule in ALL if rule != SignSymmetric("batch")], ids=str)
 @pytest.mark.parametrize("model", zoo.models(include=("mlp", "small_resnet", "language_model", "unet", "lstm", "vit")))
 def test_forward_is_that_of_the_model_and_every_parameter_gets_an_update(model, rule):
-    if getattr(rule, "magnitudes", "") == "batch":
-        pytest.skip("draws random numbers of its own")
+    """But for the rule that draws random numbers of its own."""
     found = step(compiled(model, rule), model.example(DOUBLE), model.loss)
     true = step(model.make(DOUBLE), model.example(DOUBLE), model.loss)
     assert_same_forward(found, true)
