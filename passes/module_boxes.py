@@ -10,7 +10,7 @@ from graphlocal.ir import LocalGraph, Operation
 from graphlocal.passes.boxes import Labels, has_weights, is_parametric, module_prefixes, readers_of
 
 
-@dataclass
+@dataclass(eq=False)
 class _Module:
     """A module (in one of its calls): its operations, the modules inside, and how many of each kind.
 
@@ -95,13 +95,10 @@ class _Splitter:
         stack = self.stack(module)
         side_by_side = next((f for f in _families(module) if len(f) > 1 and f != stack), [])
         where = module.path or "the model"
+        reasons = {child: f"one of {len(side_by_side)} modules side by side in {where}" for child in side_by_side}
+        reasons |= {child: f"one of {len(stack)} blocks in a row in {where}" for child in stack}
         for child in module.children.values():
-            why = f"a part of {where}"
-            if child in stack:
-                why = f"one of {len(stack)} blocks in a row in {where}"
-            elif child in side_by_side:
-                why = f"one of {len(side_by_side)} modules side by side in {where}"
-            self.split(child, why, in_stack or child in stack or child in side_by_side)
+            self.split(child, reasons.get(child, f"a part of {where}"), in_stack or child in reasons)
 
     def holds_stages(self, module: _Module) -> bool:
         """True for a module of a stack that is itself a sequence of blocks."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 
 import networkx as nx
 
@@ -147,11 +148,8 @@ def _unique_names(graph: LocalGraph, members: dict[tuple[str, ...], list[Operati
     taken: set[str] = {OUTPUT, *(box for path in members for box in path[:-1])}
     for path, inside in members.items():
         main = next((op for op in inside if is_parametric(graph, op)), inside[0])
-        candidates = (
-            path[-1],
-            f"{path[-1]}:{main.name}",
-            *(f"{path[-1]}#{i}" for i in range(2, len(members) + 2)),
-        )
+        numbered = (f"{path[-1]}#{i}" for i in count(2))
+        candidates = chain((path[-1], f"{path[-1]}:{main.name}"), numbered)
         names[path] = next(name for name in candidates if name not in taken)
         taken.add(names[path])
     return names
