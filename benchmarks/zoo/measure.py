@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
@@ -72,10 +73,16 @@ def measure(case: Case) -> Record:
         if case.expect in ("refused", "either") and record.stage == "compile":
             record.status = "refused"
     except Exception:
-        record.error = traceback.format_exc()
+        record.error = _without_folders(traceback.format_exc())
     else:
         record.status = "passed"
     return record
+
+
+def _without_folders(text: str) -> str:
+    """A traceback with paths as they are below the checkout or the installed packages."""
+    return re.sub(r'File "[^"]*?/(site-packages/|lib/python[\d.]+/|(?=(graphlocal|passes|targets|benchmarks|tests)/))',
+                  'File "', text)  # fmt: skip
 
 
 def _run_stages(case: Case, record: Record) -> None:
