@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import graphlocal
 from benchmarks import report
-from graphlocal.compiler import passes
+from graphlocal import compiler, pipeline
+from graphlocal import trace as tracing
 from graphlocal.lift import lift
-from graphlocal.pipeline import run
 
 WIDTH = 8
 SIZES = (50, 150, 500, 1500, 5000)
@@ -52,15 +52,16 @@ def measure(operations: int) -> Times:
     model = nn.Sequential(*(Block() for _ in range(operations // 5)), nn.Linear(WIDTH, 10))
     x = torch.randn(4, WIDTH)
     export = _seconds(lambda: torch.export.export(model, (x,), strict=False, dynamic_shapes=_open_batch(x)))
-    with _Clock() as clock:
+    places = ((compiler, "trace"), (tracing, "self_check"), (pipeline, "verify"))
+    with report.timed_calls(*places) as seconds:
         start = time.perf_counter()
         local = graphlocal.compile(model, example_inputs=(x,))
         total = time.perf_counter() - start
-    during = sum(step.seconds for step in local.compiled.records) + clock.seconds["verify"]
+    during = sum(step.seconds for step in local.compiled.records) + seconds["verify"]
     alone = _passes_alone(local)
     copy = nn.Sequential(*(Block() for _ in range(operations // 5)), nn.Linear(WIDTH, 10))
     again = _seconds(lambda: graphlocal.compile(copy, example_inputs=(x,)))
-    trace, check = clock.seconds["trace"], clock.seconds["self_check"]
+    trace, check = seconds["trace"], seconds["self_check"]
     return Times(len(local.graph.operations), len(local.graph.subgraphs), export, trace - check, check, alone,
                  total - trace - during, again)  # fmt: skip
 
@@ -68,7 +69,7 @@ def measure(operations: int) -> Times:
 def _passes_alone(local: graphlocal.LocalModule) -> float:
     """The pipeline with its verifier, the quickest of three runs; collecting garbage costs each run something else."""
     graph = lift(local.compiled.traced, local.original)
-    return min(_seconds(lambda: run(replace(graph), passes(local.options))) for _ in range(3))
+    return min(_seconds(lambda: pipeline.run(replace(graph), compiler.passes(local.options))) for _ in range(3))
 
 
 def _open_batch(x: Tensor) -> tuple[dict[int, object]]:
@@ -79,34 +80,6 @@ def _seconds(run: object) -> float:
     start = time.perf_counter()
     run()  # type: ignore[operator]
     return time.perf_counter() - start
-
-
-class _Clock:
-    """Adds up the time within some of the compiler's functions while it is open."""
-
-    def __enter__(self) -> _Clock:
-        from graphlocal import compiler, pipeline, trace
-
-        self.seconds = {"trace": 0.0, "self_check": 0.0, "verify": 0.0}
-        self.replaced = [(compiler, "trace", compiler.trace), (trace, "self_check", trace.self_check),
-                         (pipeline, "verify", pipeline.verify)]  # fmt: skip
-        for owner, name, function in self.replaced:
-            setattr(owner, name, self._timed(name, function))
-        return self
-
-    def _timed(self, name: str, function: object) -> object:
-        def run(*args: object, **options: object) -> object:
-            start = time.perf_counter()
-            try:
-                return function(*args, **options)  # type: ignore[operator]
-            finally:
-                self.seconds[name] += time.perf_counter() - start
-
-        return run
-
-    def __exit__(self, *_: object) -> None:
-        for owner, name, function in self.replaced:
-            setattr(owner, name, function)
 
 
 def slope(rows: list[Times], part: str) -> float:

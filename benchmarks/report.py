@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -19,6 +24,27 @@ def machine() -> str:
         f"{platform.machine()}, {os.cpu_count()} cores, {device}, torch {torch.__version__} with "
         f"{torch.get_num_threads()} threads, Python {sys.version.split()[0]}"
     )
+
+
+@contextmanager
+def timed_calls(*places: tuple[Any, str]) -> Iterator[dict[str, float]]:
+    """While open, the seconds spent in the functions that stand at `places`, as (module, name), by their names."""
+    seconds = {name: 0.0 for _, name in places}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                seconds[name] += time.perf_counter() - start
+
+        return run
+
+    with ExitStack() as stack:
+        for owner, name in places:
+            stack.enter_context(mock.patch.object(owner, name, timed(name, getattr(owner, name))))
+        yield seconds
 
 
 def write(name: str, title: str, command: str, tables: list[str], notes: str = "") -> None:

@@ -258,6 +258,11 @@ class LocalGraph:
             return self.operation[value].type
         return self._input_types[value]
 
+    def is_float(self, value: str) -> bool:
+        """Whether a value is one float tensor; False for what is neither an operation's result nor a model input."""
+        known = self.type(value) if value in self.operation or value in self._input_types else None
+        return known is not None and known.is_float
+
     @cached_property
     def _input_types(self) -> dict[str, TensorType | None]:
         return {item.name: item.type for item in self.inputs}

@@ -95,8 +95,8 @@ def complete(graph: LocalGraph, operations: Sequence[Operation], given: Labels, 
         if op.name not in found and not op.inputs and by_module.get(op.module, op).name in found:
             found[op.name] = found[by_module[op.module].name]
     position = {op.name: i for i, op in enumerate(graph.operations)}
-    trailing = _trailing(graph, operations, found, parametric)
     readers = readers_of(operations)
+    trailing = _trailing(graph, operations, found, parametric, readers)
     for op in operations:  # case 2
         follows = op.pointwise or op.discrete_of or _COMBINES.match(op.target)
         if op.name in parametric and op.inputs and op.name not in found:
@@ -147,9 +147,9 @@ def _join_producer(
     return bool(producers)
 
 
-def _trailing(graph: LocalGraph, operations: Sequence[Operation], found: Labels, parametric: set[str]) -> set[str]:
+def _trailing(graph: LocalGraph, operations: Sequence[Operation], found: Labels, parametric: set[str],
+              readers: dict[str, list[str]]) -> set[str]:  # fmt: skip
     """Open operations without a parameter that nothing in a box comes after, and that combine no two boxes' values."""
-    readers = readers_of(operations)
     outside = {name for op in graph.operations for name in op.inputs} - {
         name for op in operations for name in op.inputs
     }

@@ -40,7 +40,7 @@ class FindDiscreteUnits:
 def _units(graph: LocalGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
     """For the last operation of each unit: f, with its sign, and the unit's operations."""
     learning = learning_values(graph)
-    smooth = {value for value in graph.outputs if _is_float(graph, value)}  # by derivatives alone
+    smooth = {value for value in graph.outputs if graph.is_float(value)}  # by derivatives alone
     reached = set(smooth)  # also past units
     candidates: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {}  # by f: (last, f with sign, operations)
     pending: dict[str, tuple[str, ...]] = {}  # comparisons whose float result is reached: the chain after them
@@ -89,8 +89,3 @@ def _converted(graph: LocalGraph, op: Operation) -> str | None:
 
 def _may_carry(graph: LocalGraph, value: str) -> bool:
     return value in graph.operation and carries_derivative(graph.operation[value])
-
-
-def _is_float(graph: LocalGraph, value: str) -> bool:
-    known = graph.type(value) if value in graph.operation else None
-    return known is not None and known.is_float

@@ -22,7 +22,7 @@ class InsertErrorNeurons:
         learning: set[str] = set()
         neurons = []
         for subgraph in graph.subgraphs:
-            reads = (graph.owner.get(value) for value in subgraph.inputs if _is_float(graph, value))
+            reads = (graph.owner.get(value) for value in subgraph.inputs if graph.is_float(value))
             if not graph.trainable(subgraph) and not any(owner in learning for owner in reads):
                 continue
             values = tuple(output.value for output in subgraph.outputs if output.value in reaching)
@@ -32,16 +32,11 @@ class InsertErrorNeurons:
         return replace(graph, error_neurons=tuple(neurons))
 
 
-def _is_float(graph: LocalGraph, value: str) -> bool:
-    known = graph.type(value)
-    return known is not None and known.is_float
-
-
 def _values_that_reach_an_output(graph: LocalGraph) -> set[str]:
-    reaching = {value for value in graph.outputs if _is_float(graph, value)}
+    reaching = {value for value in graph.outputs if graph.is_float(value)}
     for subgraph in reversed(graph.subgraphs):
         if _reached_inside(graph, subgraph, reaching):
-            reaching.update(value for value in subgraph.inputs if _is_float(graph, value))
+            reaching.update(value for value in subgraph.inputs if graph.is_float(value))
     return reaching
 
 

@@ -22,7 +22,16 @@ from torch.nn.parameter import is_lazy
 from graphlocal.arguments import Arguments, Binder, ExampleInputs
 from graphlocal.errors import InputError
 from graphlocal.nn import PerturbativeConv2d
-from graphlocal.passes.rewriting import aligned, copy_sharing_tensors, has_hooks, shown_path
+from graphlocal.passes.rewriting import (
+    LeftAlone,
+    Rewritten,
+    aligned,
+    copy_sharing_tensors,
+    has_hooks,
+    left_alone_table,
+    listed_reasons,
+    shown_path,
+)
 from graphlocal.preserve import preserved, preserved_random_state
 
 Size = tuple[int, int]
@@ -38,14 +47,6 @@ class Replaced:
     before: int
     after: int
     noise: int
-
-
-@dataclass(frozen=True)
-class LeftAlone:
-    """A convolution that stays one, and why."""
-
-    path: str
-    why: str
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,7 @@ class PerturbReport:
         ]
         rows = [(shown_path(r.path), f"{r.before:,}", f"{r.after:,}", f"{r.noise:,}") for r in self.replaced]
         lines += ["", *aligned([("replaced", "before", "after", "noise"), *rows])]
-        if self.left_alone:
-            lines += ["", *aligned([("left alone", ""), *((shown_path(r.path), r.why) for r in self.left_alone)])]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """The new model, and what was done to it."""
-
-    model: nn.Module
-    report: PerturbReport
+        return "\n".join([*lines, *left_alone_table(self.left_alone)])
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ class PerturbConvolutions:
     seed: int = 0
     name: str = "perturb-convolutions"
 
-    def rewrite(self, model: nn.Module, example_inputs: ExampleInputs) -> Rewritten:
+    def rewrite(self, model: nn.Module, example_inputs: ExampleInputs) -> Rewritten[PerturbReport]:
         """A new model with its report; `model` itself is left as it was.
 
         All parameters and buffers of what is not replaced are shared by the two models, so that training one
@@ -126,7 +117,7 @@ class PerturbConvolutions:
         if not chosen:
             raise InputError(
                 f"no convolution of {type(model).__name__} can be replaced by a perturbative layer",
-                why="; ".join(f"{shown_path(row.path)}: {row.why}" for row in left) or "it has no convolution",
+                why=listed_reasons(left) or "it has no convolution",
                 remedy="use 'same' padding in the convolutions that are to be replaced",
             )
         layers = self._layers(chosen)

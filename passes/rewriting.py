@@ -4,10 +4,40 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import nn
 
 from graphlocal.errors import InputError
+
+Report = TypeVar("Report")
+
+
+@dataclass(frozen=True)
+class Rewritten(Generic[Report]):
+    """The new model, and what was done to it."""
+
+    model: nn.Module
+    report: Report
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A module that stays as it is, and why."""
+
+    path: str
+    why: str
+
+
+def left_alone_table(rows: Sequence[LeftAlone]) -> list[str]:
+    """The end of a report, empty if nothing was left alone."""
+    return ["", *aligned([("left alone", ""), *((shown_path(row.path), row.why) for row in rows)])] if rows else []
+
+
+def listed_reasons(rows: Sequence[LeftAlone]) -> str:
+    """Every module with its reason, in one line."""
+    return "; ".join(f"{shown_path(row.path)}: {row.why}" for row in rows)
 
 
 def copy_sharing_tensors(model: nn.Module) -> nn.Module:

@@ -18,7 +18,16 @@ from typing import Any, cast
 from torch import nn
 
 from graphlocal.errors import InputError
-from graphlocal.passes.rewriting import aligned, copy_sharing_tensors, has_hooks, shown_path
+from graphlocal.passes.rewriting import (
+    LeftAlone,
+    Rewritten,
+    aligned,
+    copy_sharing_tensors,
+    has_hooks,
+    left_alone_table,
+    listed_reasons,
+    shown_path,
+)
 from graphlocal.unrolled import UNROLLED
 
 
@@ -33,28 +42,18 @@ class UnrolledLayer:
 
 @dataclass(frozen=True)
 class UnrollReport:
-    """What Unroll did; `print` shows it. left_alone: (path, why)."""
+    """What Unroll did; `print` shows it."""
 
     model: str
     unrolled: tuple[UnrolledLayer, ...]
-    left_alone: tuple[tuple[str, str], ...]
+    left_alone: tuple[LeftAlone, ...]
 
     def __str__(self) -> str:
         count = len(self.unrolled)
         lines = [f"{self.model}: {count} of {count + len(self.left_alone)} recurrent layers run step by step", ""]
         rows = [(shown_path(layer.path), layer.kind, str(layer.cells)) for layer in self.unrolled]
         lines += aligned([("unrolled", "kind", "cells a step"), *rows])
-        if self.left_alone:
-            lines += ["", *aligned([("left alone", ""), *((shown_path(path), why) for path, why in self.left_alone)])]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class UnrolledModel:
-    """The new model, and what was done to it."""
-
-    model: nn.Module
-    report: UnrollReport
+        return "\n".join([*lines, *left_alone_table(self.left_alone)])
 
 
 @dataclass(frozen=True)
@@ -67,22 +66,22 @@ class Unroll:
 
     name: str = "unroll"
 
-    def rewrite(self, model: nn.Module) -> UnrolledModel:
+    def rewrite(self, model: nn.Module) -> Rewritten[UnrollReport]:
         """A new model with its report; `model` itself is left as it was, and shares all its tensors.
 
         Raises InputError for what is no model, or can't be copied, and if there is no recurrent layer to unroll.
         """
         new = copy_sharing_tensors(model)
         done: list[UnrolledLayer] = []
-        left: list[tuple[str, str]] = []
+        left: list[LeftAlone] = []
         for path, layer in list(new.named_modules()):
             if not isinstance(layer, nn.RNNBase):
                 continue
             unrolled = UNROLLED.get(type(layer))
             if unrolled is None:
-                left.append((path, f"a {type(layer).__name__}, not a plain nn.RNN, nn.LSTM or nn.GRU"))
+                left.append(LeftAlone(path, f"a {type(layer).__name__}, not a plain nn.RNN, nn.LSTM or nn.GRU"))
             elif has_hooks(layer):
-                left.append((path, "it has hooks, such as those of weight_norm"))
+                left.append(LeftAlone(path, "it has hooks, such as those of weight_norm"))
             else:
                 kind = type(layer).__name__
                 layer.__class__ = unrolled  # keeps its attributes and parameters
@@ -91,7 +90,7 @@ class Unroll:
         if not done:
             raise InputError(
                 f"{type(model).__name__} has no recurrent layer to unroll",
-                why="; ".join(f"{shown_path(path)}: {why}" for path, why in left),
+                why=listed_reasons(left),
                 remedy="compile the model as it is: loops over cells in its forward are traced step by step",
             )
-        return UnrolledModel(new, UnrollReport(type(model).__name__, tuple(done), tuple(left)))
+        return Rewritten(new, UnrollReport(type(model).__name__, tuple(done), tuple(left)))

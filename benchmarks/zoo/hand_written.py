@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from benchmarks.zoo.case import Case
 
 
@@ -11,10 +9,6 @@ def cases() -> list[Case]:
     import zoo  # tests/zoo
 
     return [
-        Case("hand-written", model.name, _under_seed(model), model.example, model.loss, model.expect)
+        Case("hand-written", model.name, model.make, model.example, model.loss, model.expect)
         for model in (*zoo.MODELS.values(), *zoo.HARD.values())
     ]
-
-
-def _under_seed(model: object) -> Callable:
-    return lambda: model.make()

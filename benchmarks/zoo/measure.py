@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ import conftest  # noqa: F401  declares what torchvision needs, before it is imp
 import training  # the comparison that the tests make
 
 import graphlocal
+from benchmarks import report
 from benchmarks.zoo.case import Case
 from benchmarks.zoo.catalogue import find
 from graphlocal import trace
@@ -96,8 +96,9 @@ def _run_stages(case: Case, record: Record) -> None:
     record.stage = "compile"
     record.seconds_export = _seconds_of_export(case, dtype)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with _timed(record, "seconds_compile"), _self_check_timed(record):
+    with _timed(record, "seconds_compile"), report.timed_calls((trace, "self_check")) as seconds:
         local = graphlocal.compile(model, example_inputs=inputs, rule="backprop")
+    record.seconds_check = seconds["self_check"]
     record.peak_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     traced = local.compiled.traced
     record.rung, record.opaque = traced.rung, sorted(set(traced.opaque))
@@ -206,21 +207,6 @@ def _timed(record: Record, name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     setattr(record, name, time.perf_counter() - start)
-
-
-@contextmanager
-def _self_check_timed(record: Record) -> Iterator[None]:
-    check, record.seconds_check = trace.self_check, 0.0
-
-    def timed(*args: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return check(*args)
-        finally:
-            record.seconds_check += time.perf_counter() - start
-
-    with mock.patch.object(trace, "self_check", timed):
-        yield
 
 
 def _model(case: Case) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphlocal.errors import InputError
 from graphlocal.ir import Connection, LocalGraph
-from graphlocal.rules.base import Rule, loss_connections, vjp_connections
+from graphlocal.rules.base import Rule, loss_connections, reversed_data_edges
 from graphlocal.rules.wiring import skip_errors_from_output
 
 _NOT_LINEAR = re.compile(r"embedding|lstm|gru|rnn|norm|opaque")
@@ -37,8 +37,7 @@ class FeedbackAlignment(Rule):
         return "representation"
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
-        chain = (vjp_connections(graph, neuron.subgraph, exact=False) for neuron in graph.error_neurons)
-        return (*loss_connections(graph), *(connection for found in chain for connection in found))
+        return (*loss_connections(graph), *reversed_data_edges(graph, exact=False))
 
     def twins(self, graph: LocalGraph) -> tuple[str, ...]:
         matrices = {s.name for s in graph.states if s.kind == "parameter" and len(s.type.shape) > 1}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphlocal.ir import Connection, LocalGraph
-from graphlocal.rules.base import Rule, loss_connections, vjp_connections
+from graphlocal.rules.base import Rule, loss_connections, reversed_data_edges
 
 
 @dataclass(frozen=True)
@@ -22,5 +22,4 @@ class Backprop(Rule):
     passes_discrete: ClassVar[bool] = False
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
-        chain = (vjp_connections(graph, neuron.subgraph) for neuron in graph.error_neurons)
-        return (*loss_connections(graph), *(connection for found in chain for connection in found))
+        return (*loss_connections(graph), *reversed_data_edges(graph))

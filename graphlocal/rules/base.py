@@ -119,6 +119,12 @@ def vjp_connections(graph: LocalGraph, source: str, exact: bool = True) -> tuple
     return tuple(found)
 
 
+def reversed_data_edges(graph: LocalGraph, exact: bool = True) -> tuple[Connection, ...]:
+    """The vector-Jacobian products that all neurons send to what their subgraphs read."""
+    chain = (vjp_connections(graph, neuron.subgraph, exact) for neuron in graph.error_neurons)
+    return tuple(connection for found in chain for connection in found)
+
+
 def features(graph: LocalGraph, value: str) -> int | str:
     """The size of a representation's feature axis."""
     known = graph.type(value)

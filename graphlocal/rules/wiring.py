@@ -10,7 +10,7 @@ import networkx as nx
 from graphlocal.errors import InputError
 from graphlocal.feedback import shared_map
 from graphlocal.ir import Connection, LocalGraph, Subgraph
-from graphlocal.rules.base import features, loss_connections, vjp_connections
+from graphlocal.rules.base import features, loss_connections, reversed_data_edges, vjp_connections
 from graphlocal.verify import learning_values
 
 
@@ -26,11 +26,7 @@ def skip_errors_from_output(
     read it: their own derivatives are its error.
     """
     exact, sources = _exact_paths(graph, max_source_features)
-    known = {c.name for c in exact}
-    exact += [c for c in _from_readers(graph) if c.name not in known]
-    wired = {(c.target, c.value) for c in exact}
-    learning = learning_values(graph)
-    wired.update((s.name, z.value) for s in graph.subgraphs for z in s.outputs if z.value not in learning)
+    wired = _wired(graph, exact)
     skip_errors = _skip_errors(graph, sources, graph.subgraphs, 0, wired)
     return (*exact, *_bounded(graph, skip_errors, share, total))
 
@@ -43,20 +39,24 @@ def feedback_along_data(
     The bounds are those of `skip_errors_from_output`.
     """
     exact, _ = _exact_paths(graph, max_source_features)
-    known = {c.name for c in exact}
-    exact += [c for c in _from_readers(graph) if c.name not in known]
-    wired = {(c.target, c.value) for c in exact}
-    learning = learning_values(graph)
+    wired = _wired(graph, exact)
     drawn = [
         feedback_connection(graph, reader.name, source_value, neuron.subgraph, value, depth=1)
         for neuron in graph.error_neurons
         for value in neuron.values
-        if (neuron.subgraph, value) not in wired and value in learning
+        if (neuron.subgraph, value) not in wired
         for reader in graph.readers.get(value, ())
         if reader.name in graph.neuron
         for source_value in graph.neuron[reader.name].values
     ]
     return (*exact, *_bounded(graph, drawn, share, total))
+
+
+def _wired(graph: LocalGraph, exact: list[Connection]) -> set[tuple[str, str]]:
+    """The (subgraph, value) pairs that need no feedback: they have their error already, or learn nothing."""
+    learning = learning_values(graph)
+    idle = {(s.name, z.value) for s in graph.subgraphs for z in s.outputs if z.value not in learning}
+    return idle | {(c.target, c.value) for c in exact}
 
 
 def _bounded(graph: LocalGraph, connections: list[Connection], share: float, total: float) -> list[Connection]:
@@ -70,7 +70,10 @@ def _bounded(graph: LocalGraph, connections: list[Connection], share: float, tot
 
 
 def _exact_paths(graph: LocalGraph, max_source_features: int) -> tuple[list[Connection], list[str]]:
-    """The loss's gradient, carried down through what has no parameters or too many features."""
+    """The loss's gradient, carried down through what has no parameters or too many features, and those from readers.
+
+    Returns the connections, and the subgraphs where feedback starts.
+    """
     connections = list(loss_connections(graph))
     pending = list(dict.fromkeys(c.target for c in connections))
     sources: list[str] = []
@@ -82,7 +85,8 @@ def _exact_paths(graph: LocalGraph, max_source_features: int) -> tuple[list[Conn
             connections.append(connection)
             if connection.target not in pending:
                 pending.append(connection.target)
-    return connections, sources
+    known = {c.name for c in connections}
+    return [*connections, *(c for c in _from_readers(graph) if c.name not in known)], sources
 
 
 def _from_readers(graph: LocalGraph) -> list[Connection]:
@@ -91,8 +95,7 @@ def _from_readers(graph: LocalGraph) -> list[Connection]:
     for op in graph.operations:
         if not given.isdisjoint(op.inputs):
             given.add(op.name)
-    back = (vjp_connections(graph, neuron.subgraph) for neuron in graph.error_neurons)
-    return [c for found in back for c in found if c.value not in given]
+    return [c for c in reversed_data_edges(graph) if c.value not in given]
 
 
 def _is_wide(graph: LocalGraph, name: str, max_source_features: int) -> bool:

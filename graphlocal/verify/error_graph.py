@@ -19,7 +19,7 @@ def influential_operations(graph: LocalGraph) -> frozenset[str]:
     Discrete units that errors pass by count as smooth. Else a path ends at integer and boolean results, at
     `detach`, and where it would cross the boundary of a subgraph as anything but a float tensor.
     """
-    waiting = [value for value in graph.outputs if value in graph.operation and _is_float(graph, value)]
+    waiting = [value for value in graph.outputs if value in graph.operation and graph.is_float(value)]
     found: set[str] = set()
     while waiting:
         value = waiting.pop()
@@ -28,7 +28,7 @@ def influential_operations(graph: LocalGraph) -> frozenset[str]:
             op = graph.operation[value]
             for source in (*op.inputs, op.discrete_of.removeprefix("-")):
                 inside = graph.owner.get(source) == graph.owner.get(value)
-                if source in graph.operation and (inside or _is_float(graph, source)):
+                if source in graph.operation and (inside or graph.is_float(source)):
                     waiting.append(source)
     return frozenset(found)
 
@@ -99,17 +99,12 @@ def _error_neurons(graph: LocalGraph) -> Iterator[Broken]:
             yield Broken(f"an error neuron belongs to the subgraph {neuron.subgraph!r}, which does not exist")
             continue
         given = {output.value for output in subgraph.outputs}
-        wrong = [value for value in neuron.values if value not in given or not _is_float(graph, value)]
+        wrong = [value for value in neuron.values if value not in given or not graph.is_float(value)]
         if wrong or repeated(neuron.values) or not neuron.values:
             yield Broken(
                 f"the error neuron of subgraph {subgraph.name!r} measures {listed(neuron.values)}; "
                 f"it must measure float representations of it ({listed(sorted(given))}), each once"
             )
-
-
-def _is_float(graph: LocalGraph, value: str) -> bool:
-    type = graph.type(value)
-    return type is not None and type.is_float
 
 
 def _connections(graph: LocalGraph) -> Iterator[Broken]:
