@@ -73,7 +73,7 @@ $(VENV)/.demo: $(VENV)/.torch $(SETUP)
 
 # The tests' models come from torchvision. Its dependencies would replace a CPU build of torch.
 $(VENV)/.test: $(VENV)/.torch $(SETUP)
-	$(INSTALL) --quiet --editable '.[demo,dev]'
+	$(INSTALL) --quiet --editable '.[demo,dev,onnx]'
 	$(INSTALL) --quiet --no-deps torchvision
 	@touch $@ $(VENV)/.demo
 

@@ -1,0 +1,56 @@
+"""What the commands share: arguments that several of them take, the console, and files written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from graphlocal.errors import InputError
+from graphlocal.rules import RecLRA, Rule, find
+
+console = Console(highlight=False, soft_wrap=True)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="module:callable, such as torchvision.models:resnet18")]
+Inputs = Annotated[list[str], typer.Option(
+    "--input", help="An example input: SHAPE (8x3x64x64), dtype:SHAPE<HIGH (int64:8x16<1000), or name=... ; repeat.",
+)]  # fmt: skip
+Settings = Annotated[list[str], typer.Option("--set", help="An argument of the callable, key=value; repeat.")]
+RuleName = Annotated[str, typer.Option("--rule", help="The learning rule: rec-lra or backprop.")]
+PartitionText = Annotated[
+    str, typer.Option("--partition", help="auto, leaf, a number of segments, or globs between commas.")
+]
+Depth = Annotated[int, typer.Option(min=1, help="Recursion depth of rec-lra.")]
+
+
+def make_rule(name: str, depth: int) -> Rule:
+    """The rule of that name, at that recursion depth."""
+    rule = find(name)
+    if depth > 1 and not isinstance(rule, RecLRA):
+        raise InputError(f"--depth {depth} with rule {name!r}", remedy="recursion depth is an option of rec-lra")
+    return replace(rule, depth=depth) if isinstance(rule, RecLRA) else rule
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises InputError where it can't be written."""
+    write_with(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_with(path: Path, fill: Callable[[Path], object]) -> None:
+    """`write`, with the content that `fill(path)` writes."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fill(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} can't be written", why=str(error)) from error
+    finally:
+        with contextlib.suppress(OSError):  # gone, if all went well
+            temporary.unlink()
