@@ -13,7 +13,7 @@ from graphlocal.passes.policies import Policy
 from graphlocal.rules import Rule, find
 from graphlocal.runtime import LocalModule
 
-TARGETS = ("auto", "eager")
+TARGETS = ("auto", "eager", "lowered")
 
 
 def compile(
@@ -32,7 +32,8 @@ def compile(
     partition: "auto" (repeated blocks, else layers), "leaf" (one parametric operation each), a number of
     segments, globs of module paths, or a callable from an operation to the name of its subgraph.
     skip_errors: further skip-error connections, (source, target), by subgraph name; a source may be "output".
-    target: how the training graph is run; "auto" chooses.
+    target: how the training graph is run: "lowered" to ATen operators without autograd, for each shape of the inputs;
+    "eager", subgraph by subgraph with autograd inside; "auto" chooses.
 
     Raises InputError, TraceError, PartitionError or VerifyError; the model is then left as it was.
     """
@@ -48,7 +49,7 @@ def compile(
             why="they have no values, and tracing runs the model",
             remedy="call model.to_empty(device='cpu') and initialize or load its weights first",
         )
-    return LocalModule(model, example_inputs, Options(find(rule), partition, _pairs(skip_errors)))
+    return LocalModule(model, example_inputs, Options(find(rule), partition, _pairs(skip_errors), target=target))
 
 
 def _pairs(skip_errors: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

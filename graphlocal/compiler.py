@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import Arguments
 from graphlocal.errors import InputError
+from graphlocal.execution import Execution
 from graphlocal.feedback import weight_names
 from graphlocal.guards import has_guards
 from graphlocal.ir import LocalGraph
@@ -37,12 +38,16 @@ from graphlocal.verify import dead_parameters
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asks of the compiler. streams: actions that the schedule may run at one time."""
+    """What a user asks of the compiler.
+
+    streams: actions that the schedule may run at one time. target: what runs the training graph.
+    """
 
     rule: Rule
     partition: Policy = "auto"
     skip_errors: tuple[tuple[str, str], ...] = ()
     streams: int = 1
+    target: str = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +87,11 @@ class Compiled:
         """`fused_passes`, as functions without overhead."""
         forward, error = self.fused_passes
         return flatten(forward), flatten(error)
+
+    @cached_property
+    def execution(self) -> Execution:
+        """Chooses what runs each call."""
+        return Execution(self, self.options.target)
 
     @cached_property
     def weights(self) -> tuple[nn.Parameter, ...]:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from graphlocal.arguments import Binder, ExampleInputs
 from graphlocal.compiler import COMPUTED, Compiled, Options, build
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
+from graphlocal.execution import Run
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import undone_on
 from graphlocal.statistics_lag import StatisticsLag
@@ -92,22 +93,20 @@ class LocalModule(nn.Module):
         if not (self.training and torch.is_grad_enabled() and self._learns()):
             return self.original(*args, **kwargs)
         leaves, spec = self._binder.flatten(args, kwargs)
-        compiled, outputs, saved = self._forward_pass(leaves, spec, fused=False)
-        step = LocalStep(self, compiled, leaves, saved)
-        return self._unflatten(compiled, step.attach(outputs))
+        compiled, run = self._forward_pass(leaves, spec, fused=False)
+        return self._unflatten(compiled, LocalStep(self, compiled, run, leaves).attach())
 
-    def _forward_pass(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Any, Any]:
-        """Run all subgraphs: the compilation that fits the call and its data, the outputs, what was saved."""
+    def _forward_pass(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Run]:
+        """Run all subgraphs of the compilation that fits the call and its data."""
         if [_children(module) for module in self._watched] != self._structure:
             self._cache.clear()  # a layer was replaced
             self._watch()
         for compiled in self._fitting(leaves, spec):
-            first_pass = (compiled.run_fused_passes if fused else compiled.run_passes)[0]
             if not compiled.guarded:
                 with self._lag.watching():
-                    return compiled, *first_pass(*leaves)
+                    return compiled, compiled.execution.run(leaves, fused)
             with suppress(GuardFailure), undone_on(GuardFailure, self.original):
-                return compiled, *first_pass(*leaves)
+                return compiled, compiled.execution.run(leaves, fused)
         raise LocalTrainingError(
             f"{self.compiled.graph.name} takes another path through its forward than when it was recorded just before",
             why="its control flow depends on more than the inputs, parameters, buffers and torch's random numbers",
@@ -214,9 +213,8 @@ def _children(module: nn.Module) -> tuple[int, ...]:
 class LocalStep:
     """The error pass that answers one forward pass."""
 
-    def __init__(self, local: LocalModule, compiled: Compiled, leaves: list[Any], saved: list[Any]) -> None:
-        self.local, self.compiled = local, compiled
-        self.saved: list[Any] | None = saved
+    def __init__(self, local: LocalModule, compiled: Compiled, run: Run, leaves: list[Any]) -> None:
+        self.local, self.compiled, self.run = local, compiled, run
         self.inputs = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         self.taken = compiled.taken if self.inputs else compiled.differentiable
         if self.inputs:
@@ -227,9 +225,10 @@ class LocalStep:
             *(leaves[i] for i in self.inputs),
         ]
 
-    def attach(self, outputs: list[Any]) -> list[Any]:
-        """The differentiable outputs come with the local updates as their `grad_fn`."""
-        self.outputs = outputs
+    def attach(self) -> list[Any]:
+        """The outputs; the differentiable ones come with the local updates as their `grad_fn`."""
+        self.outputs = outputs = self.run.outputs
+        del self.run.outputs
         attached = iter(_LocalUpdates.apply(self, *self.targets))  # type: ignore[no-untyped-call]
         del self.targets
         taken = zip(outputs, self.taken, strict=True)
@@ -237,16 +236,14 @@ class LocalStep:
 
     def backward(self, errors: Sequence[Tensor | None], retain: bool) -> list[Tensor | None]:
         """The gradients of the parameters, of the learned feedback maps, and of the inputs that want one."""
-        if self.saved is None:
+        if self.run.saved is None:
             raise LocalTrainingError(
                 "backward was called a second time, but the first call freed what it needs",
                 remedy="call the first backward with retain_graph=True",
             )
         given = iter(errors)
         aligned = tuple(next(given) if taken else None for taken in self.taken)
-        weights, feedback, inputs = self.compiled.run_passes[1](self.saved, aligned, retain)
-        if not retain:
-            self.saved = None
+        weights, feedback, inputs = self.run.error_pass(aligned, retain=retain)
         if self.local.check_finite:
             norms = update_norms(self.compiled.training.weights, weights)
             require_finite(self.compiled, aligned, norms)

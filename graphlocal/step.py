@@ -65,8 +65,8 @@ class TrainStep:
         with torch.enable_grad():
             leaves, spec = self.local._binder.flatten(args, kwargs)
             leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            compiled, outputs, saved = self.local._forward_pass(leaves, spec, fused=True)
-            loss, errors = self._loss(compiled, outputs, y)
+            compiled, run = self.local._forward_pass(leaves, spec, fused=True)
+            loss, errors = self._loss(compiled, run.outputs, y)
         norms: dict[str, Tensor] = {}
         waiting: dict[str, Tensor | None] = {}
 
@@ -84,7 +84,7 @@ class TrainStep:
             self._apply(compiled, names, gradients)
 
         with torch.no_grad():
-            compiled.run_fused_passes[1](saved, errors, apply, False)
+            run.error_pass(errors, apply)
             if waiting:
                 flush()
             require_finite(compiled, errors, norms)

@@ -115,17 +115,24 @@ class _Emitter:
         self.apply = self.fx.placeholder("apply") if self.fused else None
         self.retain = self.fx.placeholder("retain", default_value=False)
         self._sizes()
-        actions = [(a.kind, self.graph.subgraphs[a.subgraph - 1]) for a in self.graph.schedule]
-        for kind, subgraph in actions:
-            if kind == "F":
-                self._forward(subgraph)
-        self._loss()
-        for kind, subgraph in actions:
-            if kind == "D":
-                self._displace(subgraph)
-            elif kind == "U":
-                self._update(subgraph)
+        self._tag("")
+        run = {"F": self._forward, "D": self._displace, "U": self._update}
+        for kinds in ("F", "DU"):
+            for action in self.graph.schedule:
+                if action.kind in kinds:
+                    run[action.kind](self.graph.subgraphs[action.subgraph - 1])
+                    self._tag(str(action))
+            if kinds == "F":
+                self._loss()
+                self._tag("")
         return self._finish()
+
+    def _tag(self, action: str) -> None:
+        """Write on the new nodes which action they belong to."""
+        for node in reversed(self.fx.nodes):
+            if "action" in node.meta:
+                break
+            node.meta["action"] = action
 
     # Small helpers.
 

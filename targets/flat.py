@@ -7,11 +7,15 @@ pieces are called without `nn.Module.__call__`, and parameters are bound once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import fx, nn
+
+_OPERATOR = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.(\w+)(?=\()")
 
 
 def flatten(module: fx.GraphModule) -> Callable[..., Any]:
@@ -79,6 +83,14 @@ def _parameter(module: nn.Module, target: str) -> nn.Parameter | None:
 def _compile(graph: fx.Graph, bound: SimpleNamespace) -> Callable[..., Any]:
     code = graph.python_code(root_module="self")
     scope = dict(code.globals)
-    exec(code.src, scope)  # what fx.GraphModule does with it
+
+    def bind(match: re.Match[str]) -> str:
+        """The operator behind `torch.ops.aten.mm.default`, under one name and without its Python wrapper."""
+        name = "_".join(match.groups())
+        namespace, operator, overload = match.groups()
+        scope[name] = getattr(getattr(getattr(torch.ops, namespace), operator), overload)._op
+        return name
+
+    exec(_OPERATOR.sub(bind, code.src), scope)  # what fx.GraphModule does with it
     function = scope["forward"]
     return lambda *args: function(bound, *args)

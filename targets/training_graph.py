@@ -22,7 +22,7 @@ class TrainingGraph:
     loss: str
 
 
-ROOTS = ("original", "error_weights", "constants")
+ROOTS = ("original", "error_weights", "constants", "lifted")
 """The modules below which a training graph looks up tensors: the user's model, the maps E, traced constants."""
 
 
@@ -101,5 +101,5 @@ def take(saved: list[Any], index: int, retain: bool) -> Any:
 
 def _like(module: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
     used = {str(n.target) for n in graph.find_nodes(op="call_module")}
-    roots = {key: child for key, child in module.named_children() if key in ("original", "error_weights", "constants")}
+    roots = {key: child for key, child in module.named_children() if key in ROOTS}
     return assemble(graph, {key: module.get_submodule(key) for key in used}, roots, name)

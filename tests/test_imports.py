@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rules"}),
     frozenset({"passes"}),
     frozenset({"targets"}),
-    frozenset({"compiler"}),
+    frozenset({"compiler", "execution"}),
     frozenset({"runtime"}),
     frozenset({"compile"}),
     frozenset({"alignment", "check", "partition", "recalibrate", "step"}),

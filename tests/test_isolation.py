@@ -30,7 +30,9 @@ IDS = ["auto", "auto-depth-2", "leaf"]
 def compiled(name: str, depth: int = 1, partition: Any = "auto") -> graphlocal.LocalModule:
     model = zoo.MODELS[name]
     rule = RecLRA(depth=depth)
-    return graphlocal.compile(model.make(), example_inputs=model.example(), rule=rule, partition=partition)
+    return graphlocal.compile(
+        model.make(), example_inputs=model.example(), rule=rule, partition=partition, target="eager"
+    )
 
 
 def forward_pass(local: graphlocal.LocalModule, name: str) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def forward_pass(local: graphlocal.LocalModule, name: str) -> dict[str, Any]:
     output = zoo.call(local, zoo.MODELS[name].example())
     step = next(leaf for leaf in zoo.leaves(output) if leaf.grad_fn is not None).grad_fn.step
     (result,) = step.compiled.passes[0].graph.find_nodes(op="output")
-    return dict(zip((node.name for node in result.args[0][1]), step.saved, strict=True))
+    return dict(zip((node.name for node in result.args[0][1]), step.run.saved, strict=True))
 
 
 def autograd_graph(*tensors: Any) -> tuple[set[Any], list[Tensor]]:

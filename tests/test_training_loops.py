@@ -375,13 +375,16 @@ class Saved:
 
 
 @every_rule
+@pytest.mark.parametrize("target", ["eager", "lowered"])
 @pytest.mark.parametrize("end", ["backward", "drop"])
-def test_saved_activations_are_released(rule, end):
-    local, _, inputs = pair("small_resnet", rule)
+def test_saved_activations_are_released(rule, end, target):
+    local, _, inputs = pair("small_resnet", rule, target=target)
     gradients(local, inputs, zoo.classify)
     saved = Saved(*inputs, *local.parameters(), *local.buffers())
     with saved.hooks:
         output = local(*inputs)
+    if target == "lowered":
+        list(map(saved.pack, output.grad_fn.step.run.saved))
     assert saved.alive > 10
     gc.disable()  # released at once, not by the garbage collector
     try:

@@ -1,0 +1,189 @@
+"""Which functions run a compiled model for one call: the lowered training graph where it holds, else the eager one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graphlocal.preserve import preserved
+from graphlocal.targets.flat import flatten
+from graphlocal.targets.fused_updates import with_updates
+from graphlocal.targets.lowered import NotLowered, lower
+from graphlocal.targets.training_graph import TrainingGraph, split
+
+if TYPE_CHECKING:
+    from graphlocal.compiler import Compiled
+
+MANY_SHAPES = 8
+"""Shapes of inputs that are lowered; further ones run the eager graph, which takes any batch size."""
+
+_RECURRENT = re.compile(r"aten\.(lstm|gru|rnn_tanh|rnn_relu)\.")
+"""Whole recurrent layers: one call of a fast kernel, but hundreds of operators once lowered."""
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""The most by which a lowered step may differ from the eager one, relative to the largest entry; 0.05 otherwise."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """forward(*leaves) -> (outputs, saved); error(saved, errors, [apply,] retain).
+
+    taken: for which outputs `error` must be given one; None if any will do.
+    """
+
+    forward: Callable[..., Any]
+    error: Callable[..., Any]
+    taken: tuple[bool, ...] | None = None
+
+
+class Execution:
+    """Runs one compilation.
+
+    target: `"eager"`; `"lowered"`, or NotLowered is raised; `"auto"`: lowered from the second call with the same
+    shapes on, where that is possible and pays. not_lowered: why the eager graph runs, once that is known.
+    """
+
+    def __init__(self, compiled: Compiled, target: str) -> None:
+        self.compiled, self.target = compiled, target
+        self.not_lowered: NotLowered | None = None
+        self.taken = compiled.differentiable  # the outputs that the last loss sent an error
+        self._shapes: set[Any] = set()
+        self._passes: dict[Any, Passes] = {}
+        if target == "eager":
+            self.not_lowered = NotLowered("the target is 'eager'")
+        elif compiled.guarded:
+            self.not_lowered = NotLowered("the graph is a recording with guards, which look at the data")
+        elif target == "auto" and any(_RECURRENT.match(op.target) for op in compiled.graph.operations):
+            self.not_lowered = NotLowered("a whole recurrent layer is one fast operator, but hundreds once lowered")
+        if self.not_lowered is not None and target == "lowered":
+            raise self.not_lowered
+
+    def run(self, leaves: list[Any], fused: bool) -> Run:
+        """Run the forward pass on these flattened arguments."""
+        passes = self._lowered(leaves, fused) if self.not_lowered is None else None
+        return Run(self, passes or self.eager(fused), leaves, fused)
+
+    def eager(self, fused: bool) -> Passes:
+        """The passes of the eager training graph, for any shapes and any loss."""
+        return Passes(*(self.compiled.run_fused_passes if fused else self.compiled.run_passes))
+
+    def _lowered(self, leaves: Sequence[Any], fused: bool) -> Passes | None:
+        if torch._C._is_any_autocast_enabled():
+            return None
+        shapes = tuple((x.shape, x.stride(), x.requires_grad) if isinstance(x, Tensor) else None for x in leaves)
+        key = shapes, self.taken, fused
+        if key in self._passes:
+            return self._passes[key]
+        seen = shapes in self._shapes
+        if len(self._shapes) < MANY_SHAPES:
+            self._shapes.add(shapes)
+        asks_back = any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
+        if asks_back or shapes not in self._shapes or not (seen or self.target == "lowered"):
+            return None
+        try:
+            self._passes[key] = self._lower(leaves, fused)
+        except NotLowered as error:
+            self.not_lowered = error
+            if self.target == "lowered":
+                raise
+        return self._passes.get(key)
+
+    def _lower(self, leaves: Sequence[Any], fused: bool) -> Passes:
+        lowered = lower(self.compiled.training, leaves, self.taken)
+        plain = self._passes_of(lowered)
+        self._require_equal(plain, leaves)
+        return self._passes_of(with_updates(lowered)) if fused else plain
+
+    def _passes_of(self, lowered: TrainingGraph) -> Passes:
+        forward, error = split(lowered)
+        return Passes(torch.no_grad()(flatten(forward)), torch.no_grad()(flatten(error)), self.taken)
+
+    def _require_equal(self, lowered: Passes, leaves: Sequence[Any]) -> None:
+        """Raise NotLowered unless one step of both graphs gives the same outputs, gradients and buffers."""
+        expected, found = self._one_step(self.eager(False), leaves), self._one_step(lowered, leaves)
+        for name in expected:
+            if not _alike(expected[name], found[name]):
+                raise NotLowered(
+                    f"the lowered graph gives another {name} than the eager one",
+                    why="an operator computes something else on tensors without data",
+                )
+
+    def _one_step(self, passes: Passes, leaves: Sequence[Any]) -> dict[str, Any]:
+        compiled = self.compiled
+        leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        with preserved(compiled.model), preserved(compiled.error_weights):
+            torch.manual_seed(0)
+            with torch.enable_grad():
+                outputs, saved = passes.forward(*leaves)
+            errors = [torch.randn_like(z) if taken else None for z, taken in zip(outputs, self.taken, strict=True)]
+            weights, feedback, _ = passes.error(saved, errors, False)
+            found = {f"output {i}": value for i, value in enumerate(outputs)}
+            found |= {f"update of {n}": g for n, g in zip(compiled.training.weights, weights, strict=True)}
+            found |= {f"update of {n}": g for n, g in zip(compiled.training.feedback, feedback, strict=True)}
+            found |= {f"buffer {name}": value.clone() for name, value in compiled.model.named_buffers()}
+        return {name: x.detach() if isinstance(x, Tensor) else x for name, x in found.items()}
+
+
+class Run:
+    """One forward pass, and the error pass that answers it.
+
+    outputs: flattened. saved: what the error pass reads; None once it has freed it.
+    """
+
+    def __init__(self, execution: Execution, passes: Passes, leaves: list[Any], fused: bool) -> None:
+        self.execution, self.passes, self.fused = execution, passes, fused
+        may_differ = passes.taken is not None and sum(execution.compiled.differentiable) > 1
+        self.start = _Start(execution.compiled, leaves) if may_differ else None
+        self.outputs: list[Any]
+        self.saved: list[Any] | None
+        self.outputs, self.saved = passes.forward(*leaves)
+
+    def error_pass(self, errors: Sequence[Tensor | None], *rest: Any, retain: bool = False) -> Any:
+        """What the error pass returns; afterwards nothing is kept for another one, unless it retains."""
+        given = tuple(error is not None for error in errors)
+        if self.passes.taken is not None and given != self.passes.taken:
+            assert self.start is not None
+            self.passes = self.execution.eager(self.fused)  # recorded for a loss on other outputs
+            self.saved = self.start.forward(self.passes)
+        self.execution.taken = given
+        result = self.passes.error(self.saved, errors, *rest, retain)
+        if not retain:
+            self.saved = self.start = None
+        return result
+
+
+class _Start:
+    """What a forward pass started from, so that it can be run once more."""
+
+    def __init__(self, compiled: Compiled, leaves: list[Any]) -> None:
+        self.model, self.leaves = compiled.model, leaves
+        self.buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def forward(self, passes: Passes) -> list[Any]:
+        """Run the forward pass again, without a trace on buffers and random state; returns what it saved."""
+        with preserved(self.model), torch.enable_grad():
+            for buffer, value in zip(self.model.buffers(), self.buffers, strict=True):
+                buffer.detach().copy_(value)
+            torch.set_rng_state(self.random[0])
+            torch.cuda.set_rng_state_all(self.random[1])
+            saved: list[Any] = passes.forward(*self.leaves)[1]
+        return saved
+
+
+def _alike(expected: Any, found: Any) -> bool:
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+        return (expected is None) == (found is None)
+    if expected.shape != found.shape or expected.dtype != found.dtype or expected.layout != found.layout:
+        return False
+    if not expected.is_floating_point() or not expected.numel():
+        return torch.equal(expected, found)
+    if not bool(expected.isfinite().all()):
+        return torch.equal(expected.isfinite(), found.isfinite())
+    scale = TOLERANCE.get(expected.dtype, 0.05) * float(expected.abs().max())
+    return float((expected - found).abs().max()) <= scale

@@ -1,0 +1,57 @@
+"""Simplification of a lowered graph: the same numbers from fewer nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+_SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
+"""Operators that give their argument once autograd is gone."""
+
+VIEWS = {
+    aten.t.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.expand.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.select.int,
+    aten.slice.Tensor, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten._unsafe_view.default,
+}  # fmt: skip
+"""Operators whose results share the memory of their first argument."""
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Take out, in place: detaching; a transposition of a transposition; the same view twice; what nobody reads."""
+    known: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _SAME:
+            _replace(node, node.args[0])
+        elif _undoes_its_argument(node):
+            _replace(node, node.args[0].args[0])
+        elif node.target in VIEWS:
+            key = (node.target, _hashable(node.args), _hashable(tuple(sorted(node.kwargs.items()))))
+            if key in known:
+                _replace(node, known[key])
+            else:
+                known[key] = node
+    graph.eliminate_dead_code()
+
+
+def _undoes_its_argument(node: fx.Node) -> bool:
+    if node.target not in (aten.t.default, aten.transpose.int):
+        return False
+    inner = node.args[0]
+    if not isinstance(inner, fx.Node) or inner.target is not node.target:
+        return False
+    return sorted(map(str, node.args[1:])) == sorted(map(str, inner.args[1:]))
+
+
+def _replace(node: fx.Node, by: Any) -> None:
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value

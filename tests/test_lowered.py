@@ -1,0 +1,207 @@
+"""The lowered training graph: ATen operators alone, and the numbers of the eager one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+from training import step
+
+import graphlocal
+import zoo
+from graphlocal.execution import MANY_SHAPES
+from graphlocal.rules import Backprop, KolenPollack, RecLRA
+from graphlocal.targets.fused_updates import with_updates
+from graphlocal.targets.lowered import NotLowered, lower
+from graphlocal.targets.training_graph import split
+
+RULES = [Backprop(), RecLRA(error_weights="kp"), KolenPollack()]
+RECURRENT = {"lstm", "lstm_time_first", "lstm_bidirectional", "gru", "gru_time_first"}
+
+
+def pair(name: str, rule: graphlocal.rules.Rule) -> tuple[graphlocal.LocalModule, graphlocal.LocalModule]:
+    """The same model compiled for the lowered and for the eager target."""
+    model = zoo.MODELS[name]
+    lowered, eager = (
+        graphlocal.compile(model.make(), example_inputs=model.example(), rule=rule, target=target)
+        for target in ("lowered", "eager")
+    )
+    return lowered, eager
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_lowered_step_equals_the_eager_step_bit_for_bit(name, rule):
+    lowered, eager = pair(name, rule)
+    model = zoo.MODELS[name]
+    for seed in (1, 2):
+        mine, other = (step(local, model.example(), model.loss, seed) for local in (lowered, eager))
+        assert all(map(torch.equal, mine.outputs, other.outputs))
+        assert torch.equal(mine.random_state, other.random_state)
+        assert all(torch.equal(mine.buffers[n], value) for n, value in other.buffers.items())
+        for parameter, gradient in other.gradients.items():
+            found = mine.gradients[parameter]
+            assert (found is None) == (gradient is None), parameter
+            assert gradient is None or torch.equal(found, gradient), parameter
+    assert lowered.compiled.execution._passes
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("name", ["mlp", "small_resnet", "vit", "tied_weight", "several_inputs_outputs", "dropout_mlp"])
+def test_fused_steps_leave_the_parameters_of_the_eager_target(name, rule):
+    model = zoo.MODELS[name]
+    trained = []
+    for local in pair(name, rule):
+        optimizer = torch.optim.Adam(local.parameters(), 1e-2)
+        run = graphlocal.train_step(local, lambda output, _, loss=model.loss: loss(output), optimizer)
+        torch.manual_seed(3)
+        for _ in range(20):
+            run(model.example(), None)
+        trained.append(local.state_dict())
+    assert all(torch.equal(trained[0][key], value) for key, value in trained[1].items())
+
+
+def test_nodes_are_operators_tagged_with_their_action():
+    local, _ = pair("small_resnet", RecLRA())
+    low = lower(local.compiled.training, zoo.MODELS["small_resnet"].example(), (True,))
+    nodes = low.module.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
+    assert {node.meta["action"] for node in nodes} <= {str(a) for a in local.graph.schedule if a.kind == "F"}
+    backward = low.module.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution_backward.default)
+    assert {node.meta["action"][0] for node in backward} == {"U"}
+    assert not low.module.graph.find_nodes(op="call_module")
+
+
+def test_updates_come_after_the_last_operator_that_reads_a_parameter():
+    local, _ = pair("tied_weight", Backprop())
+    low = with_updates(lower(local.compiled.training, zoo.MODELS["tied_weight"].example(), (True,)))
+    names = [name for node in low.module.graph.nodes if node.name.startswith("apply_updates") for name in node.args[1]]
+    assert sorted(names) == sorted(low.weights)
+    forward, _ = split(low)
+    assert not [node for node in forward.graph.nodes if node.name.startswith("apply_updates")]
+
+
+def test_auto_lowers_from_the_second_call_with_the_same_shapes_on():
+    local = graphlocal.compile(nn.Linear(4, 2), example_inputs=torch.randn(8, 4), rule="backprop")
+    for batch, expected in ((8, 0), (6, 0), (8, 1), (6, 2), (8, 2)):
+        local(torch.randn(batch, 4)).sum().backward()
+        assert len(local.compiled.execution._passes) == expected
+    for batch in range(10, 40):
+        for _ in range(2):
+            local(torch.randn(batch, 4)).sum().backward()
+    assert len(local.compiled.execution._passes) == MANY_SHAPES
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.left, self.right = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        h = self.drop(self.trunk(x).tanh())
+        self.mean.mul_(0.9).add_(h.detach().mean(0))
+        return self.left(h + self.mean), self.right(h)
+
+
+LOSSES = [lambda out: out[0].square().sum(), lambda out: out[1].square().sum(), lambda out: out[0].sum() + out[1].sum()]
+
+
+def test_a_loss_on_other_outputs_than_before_gets_its_own_gradients():
+    torch.manual_seed(0)
+    model, other = TwoHeads(), TwoHeads()
+    other.load_state_dict(model.state_dict())
+    local = graphlocal.compile(model, example_inputs=torch.randn(4, 6), rule="backprop")
+    for i, which in enumerate([0, 0, 1, 1, 1, 2, 0, 2, 2]):
+        x = torch.randn(4, 6)
+        for module in (local, other):
+            module.zero_grad(set_to_none=True)
+            torch.manual_seed(i)
+            LOSSES[which](module(x)).backward()
+        for mine, true in zip(model.parameters(), other.parameters(), strict=True):
+            assert (mine.grad is None) == (true.grad is None)
+            torch.testing.assert_close(mine.grad, true.grad)
+        assert torch.equal(model.mean, other.mean)
+
+
+def test_an_error_of_other_strides_is_taken():
+    torch.manual_seed(0)
+    local = graphlocal.compile(nn.Linear(4, 3), example_inputs=torch.randn(5, 4), rule="backprop", target="lowered")
+    x, weight = torch.randn(5, 4), local.original.weight
+    local(x).backward(torch.randn(3, 5).t())
+    assert torch.isfinite(weight.grad).all()
+    local.zero_grad()
+    local(x).sum().backward()  # an expanded scalar
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(3, 4))
+
+
+class Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.b(x).relu() if x.sum() > 0 else self.a(x)
+
+
+def test_what_has_no_lowered_form_runs_eagerly_under_auto_and_is_refused_when_asked_for():
+    model = nn.Sequential(nn.Linear(4, 4), Chooses(), nn.Linear(4, 2))
+    x = torch.randn(6, 4)
+    local = graphlocal.compile(model, example_inputs=x, rule="backprop")
+    for _ in range(3):
+        local(x).sum().backward()
+    assert "Python code" in str(local.compiled.execution.not_lowered)
+    local = graphlocal.compile(model, example_inputs=x, rule="backprop", target="lowered")
+    with pytest.raises(NotLowered, match="opaque leaf"):
+        local(x)
+
+
+@pytest.mark.parametrize("name", sorted(RECURRENT))
+def test_auto_leaves_whole_recurrent_layers_to_their_kernels(name):
+    model = zoo.MODELS[name]
+    local = graphlocal.compile(model.make(), example_inputs=model.example())
+    for seed in (1, 2, 3):
+        step(local, model.example(), model.loss, seed)
+    assert not local.compiled.execution._passes
+
+
+def test_inputs_that_ask_for_a_gradient_and_autocast_run_eagerly():
+    torch.manual_seed(0)
+    local = graphlocal.compile(nn.Linear(4, 3), example_inputs=torch.randn(5, 4), rule="backprop", target="lowered")
+    x = torch.randn(5, 4, requires_grad=True)
+    local(x).sum().backward()
+    torch.testing.assert_close(x.grad, local.original.weight.sum(0).expand(5, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert local(x.detach()).dtype is torch.bfloat16
+
+
+def test_a_lowered_graph_that_computes_something_else_is_not_used(monkeypatch):
+    def wrong(training, inputs, taken):
+        low = lower(training, inputs, taken)
+        for node in low.module.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
+            node.target = torch.ops.aten.tanh.default
+        low.module.recompile()
+        return low
+
+    monkeypatch.setattr("graphlocal.execution.lower", wrong)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    local = graphlocal.compile(model, example_inputs=torch.randn(6, 4))
+    for _ in range(3):
+        cross_entropy(local(torch.randn(6, 4)), torch.zeros(6, dtype=torch.long)).backward()
+    assert "gives another output 0 than the eager one" in str(local.compiled.execution.not_lowered)
+
+
+def test_the_check_leaves_buffers_gradients_and_random_state_alone():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+    results = []
+    for target in ("eager", "lowered"):
+        torch.manual_seed(0)
+        copy = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+        copy.load_state_dict(model.state_dict())
+        local = graphlocal.compile(copy, example_inputs=torch.randn(6, 4), target=target)
+        torch.manual_seed(1)
+        x = torch.randn(6, 4)
+        mse_loss(local(x), x[:, :3]).backward()
+        results.append([*copy.buffers(), *(p.grad for p in copy.parameters()), torch.get_rng_state()])
+    assert all(map(torch.equal, *results))
