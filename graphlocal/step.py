@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
+from graphlocal.partial_optimizer import PartialOptimizer
 from graphlocal.runtime import LocalModule, require_finite, update_norms
 
 ERROR_WEIGHTS = "error_weights."
@@ -51,7 +52,7 @@ class TrainStep:
                 "the optimizer holds none of the model's parameters",
                 remedy="make it from local.parameters() (or model.parameters())",
             )
-        self._parts: dict[tuple[Compiled, tuple[str, ...]], _PartialOptimizer] = {}
+        self._parts: dict[tuple[Compiled, tuple[str, ...]], PartialOptimizer] = {}
 
     def __call__(self, x: Any, y: Any) -> Tensor:
         """Train on one batch; x: a tensor, a tuple (or list) of positional inputs, or a dict of keyword inputs.
@@ -112,42 +113,10 @@ class TrainStep:
         key = (compiled, names)
         if key not in self._parts:
             parameters = [self._parameter(name) for name in names]
-            self._parts[key] = _PartialOptimizer(self.optimizer, parameters)
+            self._parts[key] = PartialOptimizer(self.optimizer, parameters)
         self._parts[key].step(gradients)
 
     def _parameter(self, name: str) -> nn.Parameter:
         if name.startswith(ERROR_WEIGHTS):
             return self.local.get_parameter(name)
         return self.local.original.get_parameter(name)
-
-
-class _PartialOptimizer:
-    """A view of an optimizer on some of its parameters: the same state, settings and hooks."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-        self.parameters, self.whole = parameters, optimizer
-        self.view = object.__new__(type(optimizer))
-        self.view.__dict__.update(optimizer.__dict__)
-        self.view.__dict__.pop("step", None)  # an lr_scheduler's, which runs the whole optimizer
-        self._divide()
-
-    def _divide(self) -> None:
-        """Find this part's parameters in each group of the optimizer."""
-        wanted = {id(p) for p in self.parameters}
-        self.groups = [(group, [p for p in group["params"] if id(p) in wanted]) for group in self.whole.param_groups]
-
-    def step(self, gradients: tuple[Tensor | None, ...]) -> None:
-        groups = self.whole.param_groups
-        if len(groups) != len(self.groups) or any(a is not b for a, (b, _) in zip(groups, self.groups, strict=True)):
-            self._divide()  # after load_state_dict or add_param_group
-        self.view.state = self.whole.state
-        self.view.param_groups = [{**group, "params": mine} for group, mine in self.groups if mine]
-        before = [p.grad for p in self.parameters]
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        try:
-            self.view.step()
-            self.whole._opt_called = True  # type: ignore[attr-defined]  # lr_scheduler looks for it
-        finally:
-            for parameter, gradient in zip(self.parameters, before, strict=True):
-                parameter.grad = gradient
