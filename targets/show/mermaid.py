@@ -1,7 +1,7 @@
 """A drawing as a Mermaid flowchart, for Markdown pages that draw them.
 
-Mermaid refuses texts of more than 50,000 characters and more than 500 edges by its default settings: draw large
-models without their operations.
+With its default settings Mermaid refuses larger ones than MOST_EDGES and MOST_CHARACTERS; only the page that draws
+them can change that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from graphlocal.targets.show.colours import COLOUR, fill
 from graphlocal.targets.show.view import Errors, View, view
 
 _BRACKETS = {"input": ("([", "])"), "output": ("([", "])"), "subgraph": ("(", ")"), "operation": ("(", ")")}
+MOST_EDGES, MOST_CHARACTERS = 500, 50_000
 _PLAIN = frozenset(" ._,()×·…=/[]")
 
 
@@ -28,7 +29,11 @@ def mermaid(graph: LocalGraph, *, operations: bool = False, errors: Errors = "al
     for edge in drawing.errors:
         label = f"|{_label(edge.label)}|" if edge.label else ""
         lines.append(f"  {edge.source} -.->{label} {edge.target}")
-    return "\n".join([*lines, *_styles(drawing)]) + "\n"
+    text = "\n".join([*lines, *_styles(drawing)]) + "\n"
+    if len(drawing.edges) < MOST_EDGES and len(text) <= MOST_CHARACTERS:
+        return text
+    needed = f"{{maxEdges: {len(drawing.edges) + 1}, maxTextSize: {len(text) + 200}}}"
+    return f"%% larger than Mermaid's defaults: the page must call mermaid.initialize({needed})\n{text}"
 
 
 def _inside(drawing: View, group: str, indent: str) -> Iterator[str]:
@@ -66,6 +71,9 @@ def _styles(drawing: View) -> Iterator[str]:
             text = f"fill:{COLOUR[name]},stroke:{COLOUR['line']},color:{COLOUR['ink']}"
             yield f"  classDef {name}Box {text}"
             yield f"  class {','.join(members)} {name}Box"
+    if drawing.groups:
+        yield f"  classDef groupBox fill:none,stroke:{COLOUR['line']}"
+        yield f"  class {','.join(group.key for group in drawing.groups)} groupBox"
     for kind in ("loss", "vjp", "feedback"):
         numbers = [str(i) for i, edge in enumerate((*drawing.data, *drawing.errors)) if edge.kind == kind]
         if numbers:

@@ -98,9 +98,9 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """At most LONGEST characters, both ends kept."""
+    """At most LONGEST characters, both ends kept; a dash for no name."""
     half = (LONGEST - 1) // 2
-    return text if len(text) <= LONGEST else f"{text[:half]}…{text[-half:]}"
+    return (text or "-") if len(text) <= LONGEST else f"{text[:half]}…{text[-half:]}"
 
 
 def _chosen(graph: LocalGraph, errors: Errors) -> tuple[Connection, ...]:
