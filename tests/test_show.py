@@ -318,6 +318,19 @@ def test_without_graphviz_an_svg_is_refused_and_a_notebook_shows_text(monkeypatc
 
 
 @needs_dot
+def test_what_graphviz_cannot_route_with_rails_is_drawn_without(monkeypatch: Any, tmp_path: Path) -> None:
+    particular = tmp_path / "dot"
+    fails = f'text=$(cat); case "$text" in *shape=point*) exit 1;; esac; printf %s "$text" | {shutil.which("dot")} "$@"'
+    particular.write_text(f"#!/bin/sh\n{fails}\n")
+    particular.chmod(0o755)
+    assert "r2_0" in svg(mlp())
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    drawn = svg(mlp())
+    assert "r2_0" not in drawn
+    assert "s3&#45;&gt;s1" in drawn
+
+
+@needs_dot
 def test_a_notebook_shows_the_svg() -> None:
     local = small()
     drawing = local.show(operations=True, errors="none")

@@ -38,7 +38,13 @@ def svg(graph: LocalGraph, *, operations: bool = False, errors: Errors = "all") 
 
     Raises InputError where Graphviz is not installed, fails, or takes too long.
     """
-    drawn = _run_graphviz(dot(graph, operations=operations, errors=errors))
+    drawing = view(graph, operations=operations, errors=errors)
+    done = _run_graphviz(_dot(drawing))
+    if done.returncode:  # some versions fail to route an edge beside a rail
+        done = _run_graphviz(_dot(drawing, rails=False))
+    if done.returncode:
+        raise InputError("Graphviz could not draw the graph", why=done.stderr.decode(errors="replace").strip())
+    drawn = done.stdout.decode()
     pairs = [(light, dark) for light, dark in LIGHT_AND_DARK.values()]
     rules = [f'.graphlocal [{part}="{light}"]{{{part}:{dark}}}' for light, dark in pairs for part in ("fill", "stroke")]
     style = f"<style>@media (prefers-color-scheme: dark){{{' '.join(rules)}}}</style>\n"
@@ -47,7 +53,7 @@ def svg(graph: LocalGraph, *, operations: bool = False, errors: Errors = "all") 
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{drawn[:start]}\n{style}{drawn[start:].lstrip()}'
 
 
-def _run_graphviz(source: str) -> str:
+def _run_graphviz(source: str) -> subprocess.CompletedProcess[bytes]:
     program = shutil.which("dot")
     if program is None:
         raise InputError(
@@ -55,21 +61,18 @@ def _run_graphviz(source: str) -> str:
             remedy="install graphviz (apt install graphviz, brew install graphviz), or write .mmd or .html instead",
         )
     try:
-        done = subprocess.run([program, "-Tsvg"], input=source.encode(), capture_output=True, timeout=SECONDS)
+        return subprocess.run([program, "-Tsvg"], input=source.encode(), capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         raise InputError(
             f"Graphviz has not drawn the graph in {SECONDS} seconds",
             remedy="draw less: without operations=True, with errors='none', or with fewer subgraphs",
         ) from None
-    if done.returncode:
-        raise InputError("Graphviz could not draw the graph", why=done.stderr.decode(errors="replace").strip())
-    return done.stdout.decode()
 
 
 # The language. Keys of boxes and groups need no quotes; all other text is escaped.
 
 
-def _dot(drawing: View) -> str:
+def _dot(drawing: View, rails: bool = True) -> str:
     lines = [
         "digraph graphlocal {",
         f'  graph [newrank=true, nodesep=0.3, ranksep=0.35, bgcolor="{COLOUR["paper"]}", labelloc=t, '
@@ -78,8 +81,9 @@ def _dot(drawing: View) -> str:
         f'fontcolor="{COLOUR["ink"]}", margin="0.1,0.05", height=0.3]',
         f'  edge [color="{COLOUR["line"]}", fontname="{FONT}", fontsize=9, arrowsize=0.6]',
         *_inside(drawing, "", "  "),
-        *_data(drawing),
-        *_errors(drawing),
+        *_data(drawing, rails),
+        *_errors(drawing, rails),
+        *_held(drawing),
         "}",
     ]
     return "\n".join(lines) + "\n"
@@ -122,14 +126,14 @@ def _box(box: Box) -> str:
     )
 
 
-def _data(drawing: View) -> Iterator[str]:
+def _data(drawing: View, rails: bool) -> Iterator[str]:
     readers: dict[str, list[Edge]] = {}
     for edge in drawing.data:
         readers.setdefault(edge.source, []).append(edge)
     for number, (source, edges) in enumerate(readers.items(), 1):
         targets = [edge.target for edge in edges]
         along = _alone(drawing, targets)
-        rail = along if len(along) >= DATA_RAIL else []
+        rail = along if rails and len(along) >= DATA_RAIL else []
         yield from (f"  {source} -> {target}" for target in targets if target not in rail)
         if rail:
             yield from _data_rail(f"d{number}", source, rail)
@@ -144,13 +148,29 @@ def _data_rail(rail: str, source: str, targets: list[str]) -> Iterator[str]:
     yield from (f"  {a} -> {b} [dir=none, minlen=0, weight=100]" for a, b in pairwise(points))
 
 
-def _errors(drawing: View) -> Iterator[str]:
+def _held(drawing: View) -> Iterator[str]:
+    """Boxes without edges, such as BatchNorm's counters, are held above the next of their group, or below the last.
+
+    Left free, Graphviz puts them anywhere, and then fails to route edges that leave the group ("lost edge").
+    """
+    joined = {key for edge in drawing.edges for key in (edge.source, edge.target)}
+    groups: dict[str, list[str]] = {}
+    for box in drawing.boxes:
+        groups.setdefault(box.group, []).append(box.key)
+    for keys in groups.values():
+        last = max((i for i, key in enumerate(keys) if key in joined), default=0)
+        for i, (a, b) in enumerate(pairwise(keys)):
+            if a not in joined or i >= last:
+                yield f"  {a} -> {b} [style=invis]"
+
+
+def _errors(drawing: View, rails: bool) -> Iterator[str]:
     sent: dict[str, list[Edge]] = {}
     for edge in drawing.errors:
         sent.setdefault(edge.source, []).append(edge)
     for number, (source, edges) in enumerate(sent.items(), 1):
         along = _alone(drawing, [source, *(edge.target for edge in edges if edge.kind == "feedback")])
-        rail = along if source in along and len(along) > ERROR_RAIL else []
+        rail = along if rails and source in along and len(along) > ERROR_RAIL else []
         for edge in edges:
             if edge.target not in rail or edge.kind != "feedback":
                 yield f"  {source} -> {edge.target} [{_dashes(edge)}, constraint=false]"
