@@ -213,7 +213,7 @@ def test_a_slash_in_a_name_is_no_level_of_model_explorer() -> None:
     document = to_document(mlp())
     document["graph"]["subgraphs"][0]["regions"] = document["graph"]["subgraphs"][1]["regions"] = ["a/b"]
     nodes = json.loads(model_explorer(from_document(document)))["graphs"][0]["nodes"]
-    assert {node["namespace"] for node in nodes} == {"", "a∕b/1 · 0", "a∕b/2 · 2", "3 · 4"}
+    assert {node["namespace"] for node in nodes} == {"", "a|b/1: 0", "a|b/2: 2", "3: 4"}
 
 
 # Options

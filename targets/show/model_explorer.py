@@ -32,7 +32,7 @@ def _nodes(drawing: View, edges: tuple[Edge, ...]) -> list[dict[str, Any]]:
     return [
         {
             "id": box.key,
-            "label": box.title,
+            "label": _drawable(box.title),
             "namespace": namespaces[box.group],
             "attrs": _attributes(box.facts),
             "incomingEdges": [_incoming(edge, place) for place, edge in enumerate(incoming.get(box.key, ()))],
@@ -57,12 +57,17 @@ def _attributes(facts: Mapping[str, Fact]) -> list[dict[str, str]]:
 
 
 def _namespaces(drawing: View) -> dict[str, str]:
-    """The path of each group. A slash would start another level, so that one in a name becomes a division sign."""
+    """The path of each group. A slash would start another level, so that one in a name becomes a bar."""
     paths = {"": ""}
     for group in drawing.groups:
         above = paths[group.parent]
-        paths[group.key] = f"{above}/" * bool(above) + group.title.replace("/", "∕")
+        paths[group.key] = f"{above}/" * bool(above) + _drawable(group.title).replace("/", "|")
     return paths
+
+
+def _drawable(title: str) -> str:
+    """The title without the dot after its number, which Model Explorer's font doesn't have."""
+    return title.replace(" · ", ": ", 1)
 
 
 def _groups(opened: View, closed: View) -> dict[str, dict[str, str]]:
