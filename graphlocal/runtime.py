@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from graphlocal.execution import Run
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import undone_on
 from graphlocal.statistics_lag import StatisticsLag
+from graphlocal.targets.show import Drawing, draw, write
 
 MANY_RECOMPILATIONS = 8
 
@@ -86,6 +88,18 @@ class LocalModule(nn.Module):
     def training_graph(self) -> fx.GraphModule:
         """The whole training step as one `torch.fx` graph: `training_graph(*inputs, loss)`."""
         return self.compiled.training.module
+
+    def show(self, path: Path | str | None = None, **options: Any) -> Drawing | None:
+        """Write the graph in the format of the path's suffix, or return a drawing that a notebook shows.
+
+        options: of the format; drawings take `operations=True` (open the subgraphs) and `errors`: "all", "none", or
+        names of subgraphs whose error connections to draw. Raises InputError for an unknown suffix or option, where
+        Graphviz is needed and not installed, and for a file that can't be written.
+        """
+        if path is None:
+            return draw(self.graph, **options)
+        write(self.graph, path, **options)
+        return None
 
     # Running.
 

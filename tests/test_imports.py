@@ -23,7 +23,7 @@ FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphloca
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"arguments", "data", "guards", "ir", "preserve", "source"}),
+    frozenset({"arguments", "data", "files", "guards", "ir", "preserve", "source"}),
     frozenset({"text", "verify"}),
     frozenset(
         {"feedback", "partial_optimizer", "statistics_lag", "nn", "unrolled", "normalize", "opaque", "selfcheck"}

@@ -20,8 +20,11 @@ The complete form has one line per object (a subgraph has a few, indented), in t
 `op NAME = TARGET(values; states)`; after `@` the module, after the bars the source line and what else is
 known of the operation. A name that would not read as one word is quoted as in JSON. A step has one column per
 stream; `-` is an idle one. Lines that start with `#` are skipped.
+
+`to_document` and `from_document` are the same as plain dictionaries and lists, for JSON.
 """
 
+from graphlocal.text.document import from_document, to_document
 from graphlocal.text.reader import parse, parse_actions
 from graphlocal.text.summary import connection_label, schedule_grid, summary, type_label
 from graphlocal.text.writer import actions_to_text, difference, to_text
@@ -30,10 +33,12 @@ __all__ = [
     "actions_to_text",
     "connection_label",
     "difference",
+    "from_document",
     "parse",
     "parse_actions",
     "schedule_grid",
     "summary",
+    "to_document",
     "to_text",
     "type_label",
 ]

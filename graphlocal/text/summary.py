@@ -30,7 +30,7 @@ _NAMED_OPERATIONS = 4
 
 def summary(graph: LocalGraph) -> str:
     """The subgraphs, the error connections and the schedule, each as a table."""
-    blocks = [[_headline(graph)], _subgraphs(graph), _connections(graph), _schedule(graph)]
+    blocks = [[headline(graph)], _subgraphs(graph), _connections(graph), _schedule(graph)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
@@ -69,10 +69,11 @@ def _connection_cells(connection: Connection) -> tuple[str, str]:
     return ends, f"({', '.join(notes)})"
 
 
-def _headline(graph: LocalGraph) -> str:
+def headline(graph: LocalGraph) -> str:
+    """One line with the model's name and counts, and a second one with the rule, if the graph has one."""
     parameters = [state for state in graph.states if state.kind == "parameter"]
-    elements = _elements(graph, tuple(state.name for state in parameters))
-    trainable = _elements(graph, tuple(state.name for state in parameters if state.trainable))
+    elements = parameter_count(graph, tuple(state.name for state in parameters))
+    trainable = parameter_count(graph, tuple(state.name for state in parameters if state.trainable))
     frozen = f" ({trainable:,} trainable)" if trainable != elements else ""
     counts = [f"{len(graph.operations)} operations", f"{elements:,} parameters{frozen}"]
     counts.append(f"{len(graph.subgraphs)} subgraphs" if graph.subgraphs else "not yet partitioned")
@@ -81,7 +82,8 @@ def _headline(graph: LocalGraph) -> str:
     return f"{graph.name}: " + ", ".join(counts) + rule
 
 
-def _elements(graph: LocalGraph, states: Sequence[str]) -> int:
+def parameter_count(graph: LocalGraph, states: Sequence[str]) -> int:
+    """The number of elements of the parameters among `states`, tied ones once for each name."""
     known = (graph.state[name] for name in states if name in graph.state)  # a broken graph prints too
     shapes = (state.type.shape for state in known if state.kind == "parameter")
     return sum(prod(dim for dim in shape if isinstance(dim, int)) for shape in shapes)
@@ -101,8 +103,8 @@ def _subgraphs(graph: LocalGraph) -> list[str]:
     rows: list[Sequence[str]] = [header]
     for number, subgraph in enumerate(graph.subgraphs, 1):
         operations = [graph.operation[name] for name in subgraph.operations if name in graph.operation]
-        start = (str(number), subgraph.name, _main_operations(operations))
-        elements = _elements(graph, subgraph.states)
+        start = (str(number), subgraph.name, main_operations(operations))
+        elements = parameter_count(graph, subgraph.states)
         end = (f"{elements:,}" if elements else "-", " > ".join(subgraph.regions))
         middles = _representations(graph, subgraph)
         rows.append((*start, *middles[0], *end))
@@ -118,7 +120,7 @@ def _representations(graph: LocalGraph, subgraph: Subgraph) -> list[tuple[str, s
     return rows or [("-", "", "")]
 
 
-def _main_operations(operations: Sequence[Operation]) -> str:
+def main_operations(operations: Sequence[Operation]) -> str:
     """The first kinds of operations, as `conv2d batch_norm relu +12` where 12 operations are not named.
 
     Integer results, such as BatchNorm's counter, are named only where there is nothing else.
