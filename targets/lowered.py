@@ -5,18 +5,22 @@ under `make_fx`, which records every operator below autograd: the forward of eac
 vector-Jacobian product that is its update. The result is again a training graph, called in the same way and cut at
 the loss in the same way. `meta["action"]` of each node says which action of the schedule it belongs to (`"U3"`).
 
-It holds for inputs of the same shapes, strides and dtypes, and for losses that send an error to the same outputs.
+It holds for inputs of the same shapes, strides and dtypes (with `any_batch`, for every batch size), and for losses that
+send an error to the same outputs.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from graphlocal.errors import GraphLocalError
@@ -30,10 +34,13 @@ class NotLowered(GraphLocalError):
     """A training graph has no lowered form; the eager one works all the same."""
 
 
-def lower(training: TrainingGraph, inputs: Sequence[Any], taken: Sequence[bool]) -> TrainingGraph:
+def lower(
+    training: TrainingGraph, inputs: Sequence[Any], taken: Sequence[bool], any_batch: bool = False
+) -> TrainingGraph:
     """The training graph as ATen operators, for inputs like these.
 
     inputs: the flattened arguments of the model. taken: for each output, whether the loss sends it an error.
+    any_batch: leave the size of the first axis of the inputs open.
 
     Raises NotLowered where the graph runs Python code of the user's, or looks at the values of its data.
     """
@@ -44,10 +51,12 @@ def lower(training: TrainingGraph, inputs: Sequence[Any], taken: Sequence[bool])
                 why="an opaque leaf, a guard or a higher-order operator is no fixed list of operators",
             )
     recording = _Recording(training, inputs, taken)
+    states, tensors = recording.arguments
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            record = make_fx(lambda *given: recording.step(*given), tracing_mode="fake", _allow_non_fake_inputs=True)
-            traced = record(*recording.arguments)
+            if any_batch:
+                states, tensors = without_data(states, tensors)
+            traced = record(recording.step, states, tensors)
     except Exception as error:  # whatever operators, rules and autograd functions raise on tensors without data
         message = (str(error).splitlines() or [""])[0]
         raise NotLowered(
@@ -55,6 +64,24 @@ def lower(training: TrainingGraph, inputs: Sequence[Any], taken: Sequence[bool])
             why=f"{type(error).__name__}: {message}",
         ) from error
     return _assembled(recording, traced)
+
+
+def without_data(fixed: list[Tensor], open_: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors without data: of the same shapes, and of the same shapes but for a first axis of any size."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+    def fake(x: Tensor, batch: DimDynamic) -> Tensor:
+        sizes = [batch if axis == 0 else DimDynamic.STATIC for axis in range(x.dim())]
+        return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(sizes))
+
+    return [fake(x, DimDynamic.STATIC) for x in fixed], [fake(x, DimDynamic.DYNAMIC) for x in open_]
+
+
+def record(function: Callable[..., Any], *arguments: Any, **options: Any) -> fx.GraphModule:
+    """`make_fx` on tensors without data; operators that take tensors with data, such as constants, stay as they are."""
+    with enable_python_dispatcher():
+        tracer = make_fx(lambda *given: function(*given), tracing_mode="fake", _allow_non_fake_inputs=True, **options)
+        return tracer(*arguments)
 
 
 def _runs_python(module: nn.Module) -> bool:
@@ -149,8 +176,16 @@ def _attribute(module: nn.Module, name: str) -> Tensor:
     return value
 
 
-def laid_out(error: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An error with the strides that the recorded operators expect."""
+def _strides(value: Tensor) -> tuple[int, ...] | None:
+    """The strides of a value, or None where they depend on the batch size."""
+    strides = tuple(value.stride())
+    return strides if all(type(stride) is int for stride in strides) else None
+
+
+def laid_out(error: Tensor, strides: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
+    """An error with the strides (by default contiguous) and the dtype that the recorded operators expect."""
+    if strides is None:
+        return error.to(dtype).contiguous()
     if error.stride() == strides and error.dtype == dtype:
         return error
     return torch.empty_strided(error.shape, strides, dtype=dtype, device=error.device).copy_(error)
@@ -178,7 +213,7 @@ def _assembled(recording: _Recording, traced: fx.GraphModule) -> TrainingGraph:
         if "error" in node.meta:
             value = node.meta["val"]
             error = graph.call_function(operator.getitem, (errors, node.meta["error"]))
-            copied[node] = graph.call_function(laid_out, (error, tuple(value.stride()), value.dtype))
+            copied[node] = graph.call_function(laid_out, (error, _strides(value), value.dtype))
         elif node.op == "get_attr":
             lifted.register_buffer(str(node.target), _attribute(traced, str(node.target)))
             copied[node] = graph.get_attr(f"lifted.{node.target}")
