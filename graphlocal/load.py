@@ -146,8 +146,8 @@ def _require_same_trace(artefact: Artefact, traced: TracedModel, graph: LocalGra
         raise InputError(
             f"{graph.name} computes something else than when it was saved: {words}",
             where=f"{name}{f' ({place})' if place else ''}",
-            why=f"the model's code or arguments differ, or torch's tracer does (the file is by {summary(artefact.writers)}"
-            f", this is torch {torch.__version__})",
+            why="the model's code or arguments differ, or torch's tracer does (the file is by "
+            f"{summary(artefact.writers)}, this is torch {torch.__version__})",
             remedy="make the model as it was when it was saved, or load it without model=, or train it anew from "
             "the weights: graphlocal.load(path).original.state_dict()",
         )
@@ -168,7 +168,9 @@ def _without_places(graph: LocalGraph) -> LocalGraph:
 
 
 def _other_graph(artefact: Artefact, message: str, stored: LocalGraph, now: LocalGraph) -> InputError:
-    lines = [line for line in difference(stored, now).splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    lines = [
+        line for line in difference(stored, now).splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")
+    ]
     return InputError(
         f"{artefact.name}: {message}",
         where="\n    ".join(["", *(line[:160] for line in lines[:6])]),
@@ -203,7 +205,7 @@ def _described(tensor: NamedTensor) -> str:
 
 
 def _require_same_modules(model: nn.Module, artefact: Artefact) -> None:
-    own = {path: same for path, same in _paths(model)}
+    own = dict(_paths(model))
     stored = {module.path: module.same_as for module in artefact.modules}
     for path in (*(p for p in stored if p not in own), *(p for p in own if p not in stored)):
         raise _other_model(f"{'it has no' if path in stored else 'the file has no'} module {path!r}", artefact)

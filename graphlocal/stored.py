@@ -171,7 +171,11 @@ class StoredModel(nn.Module):
     def _require(self, stored: StoredGraph, leaves: Sequence[Any], spec: pytree.TreeSpec, *, training: bool) -> None:
         kind = "training" if training else "evaluation"
         # a model in evaluation mode as a whole is compiled as if in training mode
-        changed = [] if training and not self.training else [path for path, module in self.named_modules() if module.training != stored.modes.get(path)]
+        changed = (
+            []
+            if training and not self.training
+            else [path for path, module in self.named_modules() if module.training != stored.modes.get(path)]
+        )
         if changed:
             mode = "evaluation" if stored.modes.get(changed[0]) else "training"
             raise _needs_model(

@@ -33,8 +33,8 @@ LARGEST_RATIO = 200
 _SMALL = 4096
 _DATE = (1980, 1, 1, 0, 0, 0)
 _DAMAGE = (
-    zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError,
-    KeyError, IndexError,
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError,
+    OverflowError, KeyError, IndexError,
 )  # fmt: skip
 """What zipfile raises for a damaged file."""
 

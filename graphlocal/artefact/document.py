@@ -73,7 +73,9 @@ class Doc:
 
     def items(self) -> Iterator[tuple[str, Doc]]:
         """Names and values of a dictionary with any keys."""
-        yield from ((name, Doc(value, f"{self.place}[{name!r:.60}]")) for name, value in self._of(dict, "braces").items())
+        yield from (
+            (name, Doc(value, f"{self.place}[{name!r:.60}]")) for name, value in self._of(dict, "braces").items()
+        )
 
     def array(self, limit: int = LARGEST) -> list[Doc]:
         found = self._of(list, "a list")

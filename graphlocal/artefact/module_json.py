@@ -53,7 +53,10 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[NamedTensor, Tensor]]:
     """Every parameter and buffer under every name, in the model's order."""
     first: dict[int, str] = {}
     for path, module in model.named_modules():
-        named = [*(("parameter", *x) for x in module._parameters.items()), *(("buffer", *x) for x in module._buffers.items())]
+        named = [
+            *(("parameter", *x) for x in module._parameters.items()),
+            *(("buffer", *x) for x in module._buffers.items()),
+        ]
         for kind, key, tensor in named:
             if tensor is not None:
                 name = f"{path}.{key}" if path else key
@@ -63,6 +66,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[NamedTensor, Tensor]]:
 
 
 def module_document(module: ModuleInfo) -> dict[str, Any]:
+    """The fields of a module."""
     return {"path": module.path, "training": module.training, "traced": module.traced, "same_as": module.same_as}
 
 
@@ -86,6 +90,7 @@ _TENSOR_FIELDS = ("name", "kind", "stored", "requires_grad", "persistent", *INFO
 
 
 def tensor_document(tensor: NamedTensor) -> dict[str, Any]:
+    """The fields of a tensor."""
     own = {name: getattr(tensor, name) for name in _TENSOR_FIELDS if name not in INFO_FIELDS}
     return {**own, **tensor.info.document()}
 
@@ -127,6 +132,7 @@ OMITTED = _Omitted()
 
 
 def signature_document(signature: inspect.Signature) -> list[dict[str, Any]]:
+    """The parameters of a signature, without annotations."""
     found = []
     for parameter in signature.parameters.values():
         has_default = parameter.default is not parameter.empty
@@ -138,6 +144,7 @@ def signature_document(signature: inspect.Signature) -> list[dict[str, Any]]:
 
 
 def read_signature(doc: Doc) -> inspect.Signature:
+    """The signature that `signature_document` wrote."""
     parameters = []
     for item in doc.array():
         name, kind, default = item.fields("name", "kind", "default")

@@ -65,7 +65,9 @@ def find(name: str) -> Callable[..., Any]:
             return found
     raise needs_model(
         f"the graph calls {name!r:.100}, which can't be loaded from a file",
-        why="it depends on the data" if "guards." in name else "a file may call the operators torch.ops.aten and arithmetic on sizes alone",
+        why="it depends on the data"
+        if "guards." in name
+        else "a file may call the operators torch.ops.aten and arithmetic on sizes alone",
     )
 
 

@@ -271,7 +271,7 @@ class _Maker:
         read = read_graph(trace.nodes)
         constants = self._constants(kind, read, trace)
         out_spec = decode_spec(trace.outputs)
-        names = [str(node.target) for node in read.graph.find_nodes(op="placeholder")]
+        names = [node.name for node in read.graph.find_nodes(op="placeholder")]
         if names != [item.name for item in trace.inputs] or len(names) != len(self.leaves):
             raise trace.nodes.error("its inputs are not those of the call")
         (output,) = read.graph.find_nodes(op="output")

@@ -22,8 +22,7 @@ from graphlocal.errors import InputError
 
 _ENUMS: dict[str, dict[str, Any]] = {
     "memory_format": {
-        str(x): x
-        for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+        str(x): x for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
     },
     "layout": {str(torch.strided): torch.strided},
 }
@@ -36,6 +35,7 @@ class NeedsModel(InputError):
 
 
 def needs_model(message: str, why: str | None = None) -> NeedsModel:
+    """The error, with what to do about it."""
     return NeedsModel(message, why=why, remedy="pass the model: graphlocal.load(path, model=my_model)")
 
 
@@ -132,7 +132,7 @@ _DECODERS: dict[str, Callable[[Doc, Mapping[str, fx.Node]], Any]] = {
     "layout": _known(_ENUMS["layout"]),
     "complex": _complex,
     "slice": _slice,
-    "ellipsis": lambda doc, _: ... if doc.flag() else ...,
+    "ellipsis": lambda doc, _: [doc.flag(), ...][1],
     "tuple": lambda doc, nodes: tuple(decode(item, nodes) for item in doc.array()),
     "dict": lambda doc, nodes: {key: decode(item, nodes) for key, item in doc.items()},
 }
@@ -176,7 +176,7 @@ def decode_spec(doc: Doc) -> pytree.TreeSpec:
         fields = [field.text() for field in context.array()]
         if not all(map(_is_identifier, [name.text(), *fields])) or len({*fields}) != len(parts):
             raise doc.error("no named tuple has such fields")
-        made: Any = collections.namedtuple(name.text(), fields)  # type: ignore[misc]  # noqa: PYI024
+        made: Any = collections.namedtuple(name.text(), fields)  # type: ignore[misc]
         return pytree.TreeSpec(collections.namedtuple, made, parts)
     if kinds[0] == "built-in":
         return _built_in(doc, _BUILT_IN[name.one_of(_BUILT_IN)], decode(context), parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,14 @@ from graphlocal.text import to_document
 from graphlocal.trace import TracedModel, trace_evaluation
 
 
-def write_model(path: str | os.PathLike[str], compiled: Compiled, traced_modes: dict[str, bool], *, training: bool, check_finite: bool) -> None:
+def write_model(
+    path: str | os.PathLike[str],
+    compiled: Compiled,
+    traced_modes: dict[str, bool],
+    *,
+    training: bool,
+    check_finite: bool,
+) -> None:
     """Write a compiled model with its weights, maps E, modes, options, graph and example inputs.
 
     traced_modes: of the modules by path, when the training graph was traced. training: mode of the LocalModule.
@@ -104,7 +112,7 @@ def _overlap(tensors: Sequence[tuple[NamedTensor, Tensor]]) -> list[str]:
             extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
             spans.append((str(value.device), value.data_ptr(), extent * value.element_size(), tensor.name))
     spans.sort()
-    for (device, begin, size, name), (other_device, other, _, other_name) in zip(spans, spans[1:], strict=False):
+    for (device, begin, size, name), (other_device, other, _, other_name) in pairwise(spans):
         if device == other_device and begin + size > other:
             return [name, other_name]
     return []
