@@ -63,11 +63,11 @@ def find(name: str) -> Callable[..., Any]:
         found = getattr(packet, match[2], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
         if isinstance(found, torch._ops.OpOverload) and _is_plain(found):
             return found
+    if name.startswith("graphlocal.guards."):
+        raise needs_model("the path through forward depends on the data, and the file has one path only")
     raise needs_model(
         f"the graph calls {name!r:.100}, which can't be loaded from a file",
-        why="it depends on the data"
-        if "guards." in name
-        else "a file may call the operators torch.ops.aten and arithmetic on sizes alone",
+        why="a file may call the operators torch.ops.aten and arithmetic on sizes alone",
     )
 
 

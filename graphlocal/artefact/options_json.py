@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from graphlocal.artefact.document import Doc
@@ -19,7 +19,7 @@ from graphlocal.rules import RULES, Rule
 def options_document(options: Options, graph: LocalGraph) -> dict[str, Any]:
     """A callable partition is stored as its answers for the operations of `graph`."""
     rule = options.rule
-    named = fields(rule) if is_dataclass(rule) else ()
+    named: tuple[Field[Any], ...] = fields(rule) if is_dataclass(rule) else ()
     return {
         "rule": {
             "name": str(getattr(rule, "name", "")),

@@ -74,7 +74,7 @@ def write_model(
         "options": options_document(compiled.options, compiled.graph),
         "call": _call_document(model, traced.arguments),
     }
-    evaluation_document = {"why": no_evaluation, "trace": None}
+    evaluation_document: dict[str, Any] = {"why": no_evaluation, "trace": None}
     if evaluation is not None:
         evaluation_document["trace"] = _trace_document(evaluation, _graph_inputs(evaluation, model))
     members = {
