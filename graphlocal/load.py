@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -16,11 +17,12 @@ from graphlocal.artefact.container import summary
 from graphlocal.artefact.module_json import NamedTensor, modules_of, tensors_of
 from graphlocal.artefact.options_json import read_options
 from graphlocal.artefact.read import Artefact, read_model, stored_model
-from graphlocal.artefact.tensors import TensorInfo, describe, restore
+from graphlocal.artefact.tensors import TensorInfo, contiguous, restore
 from graphlocal.artefact.trace_json import first_difference, graph_document
 from graphlocal.artefact.values import encode_spec
 from graphlocal.compiler import Options, finish, operations, passes
 from graphlocal.errors import FileFormatError, GraphLocalError, InputError
+from graphlocal.feedback import weight_names
 from graphlocal.guards import has_guards
 from graphlocal.ir import LocalGraph, Operation
 from graphlocal.pipeline import run
@@ -102,6 +104,8 @@ def _compiled(model: nn.Module, artefact: Artefact, options: Options, device: to
     graph, records = run(graph, passes(options))
     compare(artefact, traced, graph)
     maps = _error_weights(artefact, device)
+    if _without_places(graph) == _without_places(artefact.graph):  # a recording may have taken another path
+        _require_maps(graph, maps)
     return LocalModule.of(finish(model, options, traced, graph, records, maps))
 
 
@@ -118,6 +122,17 @@ def _error_weights(artefact: Artefact, device: torch.device) -> nn.Module:
         except (KeyError, TypeError, RuntimeError) as error:
             raise FileFormatError(f"there can be no feedback map {tensor.name!r:.80}", why=str(error)[:100]) from None
     return maps
+
+
+def _require_maps(graph: LocalGraph, maps: nn.Module) -> None:
+    """Every connection's E is there in its shape, so that none is drawn."""
+    names = weight_names(graph)
+    for connection in graph.connections:
+        shapes = pairwise(connection.weight) if connection.kind == "feedback" else ()
+        for name, shape in zip(names.get(connection.name, ()), shapes, strict=True):
+            found = getattr(maps, name, None)
+            if not isinstance(found, Tensor) or found.shape != shape:
+                raise FileFormatError(f"the file has no feedback map {name!r:.80} of {list(shape)}")
 
 
 # Comparing.
@@ -250,7 +265,7 @@ def _as_stored(model: nn.Module, own: dict[str, tuple[NamedTensor, Tensor]], art
 
 def _fill(target: Tensor, value: Tensor, info: TensorInfo) -> None:
     """Copy a stored tensor into the model's own, which is laid out anew where that differs."""
-    if describe(target, "").strides != info.strides:
+    if target.stride() != (info.strides or contiguous(info.shape)):
         target.data = restore(value, info, target.device)
     else:
         target.copy_(value)

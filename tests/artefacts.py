@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo import ZooModel, call
 
 from graphlocal.artefact.container import MEMBERS, write_container
 from graphlocal.runtime import LocalModule
+from zoo import ZooModel, call
 
 Members = dict[str, bytes]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 import warnings
@@ -12,7 +13,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-import zoo
 from artefacts import (
     Net,
     all_state,
@@ -27,14 +27,14 @@ from artefacts import (
 from torch import Tensor, nn
 
 import graphlocal
+import zoo
 from graphlocal.errors import GraphLocalError, InputError
 from graphlocal.rules import Backprop, RecLRA
 
 RULES = {"backprop": "backprop", "rec-lra kp": RecLRA(error_weights="kp", depth=2), "kolen-pollack": "kolen-pollack"}
 MODELS = (
-    "mlp", "sign_mlp", "dropout_mlp", "tied", "called_twice", "frozen_middle", "nested_output", "several_inputs_outputs",
-    "moving_average", "keyword_none", "partly_detached", "slice_assignment", "small_resnet", "language_model_loss",
-    "lstm", "step_counter",
+    "sign_mlp", "mlp", "dropout_mlp", "nested_output", "tied_weight", "moving_average", "partly_detached",
+    "slice_assignment", "small_resnet", "lstm", "language_model_loss", "frozen_middle",
 )  # fmt: skip
 
 
@@ -59,31 +59,35 @@ def compiled_net(rule="rec-lra", **options):
     return graphlocal.compile(Net(), example_inputs=pictures(), rule=rule, **options)
 
 
-@pytest.mark.parametrize("with_code", [True, False], ids=["with code", "without code"])
-@pytest.mark.parametrize(
-    ("name", "rule"),
-    [*((name, list(RULES)[i % 3]) for i, name in enumerate(MODELS)), ("small_resnet", "rec-lra kp"), ("mlp", "kolen-pollack")],
-)  # fmt: skip
-def test_the_next_training_steps_are_bit_equal(name, rule, with_code, path):
+def assert_trains_on_and_evaluates(name, rule, path):
+    """Steps, states and evaluation of what is loaded, with code and without, against what was saved."""
     model = zoo.MODELS[name]
     local = graphlocal.compile(model.make(), example_inputs=model.example(), rule=RULES[rule])
     zoo_steps(local, model)
     local.save(path)
-    loaded = graphlocal.load(path, model=model.make(seed=7)) if with_code else graphlocal.load(path)
-    assert_same_state(all_state(local), all_state(loaded))
-    assert all(map(torch.equal, zoo_steps(local, model), zoo_steps(loaded, model)))
-    assert_same_state(all_state(local), all_state(loaded))
-    assert loaded.graph == local.graph
+    saved = all_state(local)
+    loaded = [graphlocal.load(path, model=model.make(seed=7)), graphlocal.load(path)]
+    losses = zoo_steps(local, model)
+    for each in loaded:
+        assert_same_state(saved, all_state(each))
+        assert each.graph == local.graph
+        assert all(map(torch.equal, losses, zoo_steps(each, model)))
+        assert_same_state(all_state(local), all_state(each))
+    outputs = [list(zoo.leaves(zoo.call(x.eval(), model.example()))) for x in (local, *loaded)]
+    for found in outputs[1:]:
+        assert all(map(torch.equal, outputs[0], found))
 
 
-@pytest.mark.parametrize("name", ["dropout_mlp", "small_resnet", "moving_average", "lstm", "nested_output"])
-def test_without_code_evaluation_is_bit_equal(name, path):
-    model = zoo.MODELS[name]
-    local = graphlocal.compile(model.make(), example_inputs=model.example())
-    local.save(path)
-    loaded = graphlocal.load(path)
-    outputs = [zoo.call(x.eval(), model.example()) for x in (local, loaded)]
-    assert all(map(torch.equal, *map(zoo.leaves, outputs)))
+@pytest.mark.parametrize(("name", "rule"), [(name, list(RULES)[i % 3]) for i, name in enumerate(MODELS)])
+def test_the_next_training_steps_and_evaluation_are_bit_equal(name, rule, path):
+    assert_trains_on_and_evaluates(name, rule, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", [zoo.name for zoo in zoo.MODELS.values() if not {"large", "torchvision"} & zoo.tags])
+def test_the_whole_zoo_is_bit_equal(name, rule, path):
+    assert_trains_on_and_evaluates(name, rule, path)
 
 
 @pytest.mark.parametrize("name", ["top_one_experts", "branch_at_root", "skip_torch"])
@@ -91,7 +95,7 @@ def test_a_model_with_parts_that_are_only_code_needs_its_code(name, path):
     model = zoo.HARD[name]
     local = graphlocal.compile(model.make(), example_inputs=model.example())
     local.save(path)
-    with pytest.raises(InputError, match="opaque leaves, which only its own code can run|depends on the data") as caught:
+    with pytest.raises(InputError, match=r"opaque leaves, which only|depends on the data") as caught:
         graphlocal.load(path)
     assert "model=my_model" in caught.value.remedy
     loaded = graphlocal.load(path, model=model.make(seed=7))
@@ -104,7 +108,9 @@ def test_the_fused_step_trains_on_too(path):
     local.save(path)
     found = []
     for each in (local, graphlocal.load(path, model=Net()), graphlocal.load(path)):
-        step = graphlocal.train_step(each, lambda out, y: (out - y).square().mean(), torch.optim.Adam(each.parameters()))
+        step = graphlocal.train_step(
+            each, lambda out, y: (out - y).square().mean(), torch.optim.Adam(each.parameters())
+        )
         torch.manual_seed(3)
         found.append([step(pictures(), torch.ones(4, 3)) for _ in range(3)])
         found[-1] += [p.detach().clone() for p in each.parameters()]
@@ -140,7 +146,7 @@ class Odd(nn.Module):
         self.again = self.first
         self.register_buffer("count", torch.tensor(3))
         self.register_buffer("nothing", torch.empty(0, 7))
-        self.register_buffer("half", torch.tensor([1.5, -0.0], dtype=torch.bfloat16))
+        self.register_buffer("halved", torch.tensor([1.5, -0.0], dtype=torch.bfloat16))
         self.register_buffer("phase", torch.tensor([1 + 2j, -1j]))
         self.register_buffer("double_phase", torch.tensor([1 + 2j], dtype=torch.complex128))
         self.register_buffer("wide", torch.arange(6.0).view(2, 3).t())
@@ -150,7 +156,7 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.count.add_(1)
-        x = torch.tanh(self.first(x)) * self.wide[0, 0] + self.half[0].float() * self.spread[0]
+        x = torch.tanh(self.first(x)) * self.wide[0, 0] + self.halved[0].float() * self.spread[0]
         return self.again(torch.tanh(self.second(x))) * self.phase.abs()[0] + self.hidden
 
 
@@ -279,7 +285,7 @@ def test_without_code_other_batches_fit_and_other_calls_are_refused(path):
             with pytest.raises(InputError, match="graph of Net is not for this call") as caught:
                 loaded(wrong)
             assert "model=my_model" in caught.value.remedy
-        with pytest.raises(InputError, match="do not fit Net"):
+        with pytest.raises(InputError, match="the inputs do not fit"):
             loaded(pictures(), pictures())
 
 
@@ -287,8 +293,11 @@ def test_without_code_the_signature_is_the_models(path):
     model = zoo.MODELS["keyword_none"]
     graphlocal.compile(model.make(), example_inputs=model.example()).save(path)
     loaded = graphlocal.load(path)
-    inputs = model.example()
-    assert all(map(torch.equal, zoo.leaves(loaded(**inputs)), zoo.leaves(loaded(*inputs.values()))))
+    signature = inspect.signature(loaded.original.forward)
+    assert list(signature.parameters) == list(inspect.signature(model.make().forward).parameters)
+    assert signature.parameters["mask"].default is None
+    with pytest.raises(InputError, match="do not fit"):
+        loaded(**model.example(), further=1)
 
 
 def test_without_code_parameters_can_be_frozen_and_thawed(path):
@@ -317,7 +326,8 @@ def test_without_code_it_can_be_copied_and_inspected(path):
     loaded = copy.deepcopy(graphlocal.load(path))
     assert all(map(torch.equal, net_steps(local), net_steps(loaded)))
     assert "without its code" in repr(loaded)
-    assert len(graphlocal.alignment(loaded, pictures(), lambda y: y.square().mean()).rows) > 0
+    expected, found = (graphlocal.alignment(x, pictures(), lambda y: y.square().mean()) for x in (local, loaded))
+    assert expected.by_parameter == found.by_parameter
     with pytest.raises(InputError, match="no BatchNorm layers to recalibrate"):
         graphlocal.recalibrate(loaded, [pictures()])
 
@@ -379,7 +389,7 @@ def untrained(model):
     ("saved", "given", "message", "where"),
     [
         (Net, Doubled, "computes something else than when it was saved", "mul"),
-        (Slope, OtherSlope, r"leaky_relu.default\(relu|leaky_relu.default\(.*0.1\) when it was saved, .*0.2\) now", "test_artefact.py"),
+        (Slope, OtherSlope, r"leaky_relu.*0.1\) when it was saved, .*0.2\) now", "test_artefact.py"),
         (Table, OtherTable, "the tensor .* spells out has another value now", None),
     ],
 )  # fmt: skip
@@ -414,7 +424,7 @@ def test_another_tie_or_module_is_refused(path):
     untied, extra = Odd(), Odd()
     untied.second.weight = nn.Parameter(torch.zeros(5, 5))
     extra.dropout = nn.Dropout()
-    with pytest.raises(InputError, match="second.weight is a parameter .*tied to 'first.weight' in the file"):
+    with pytest.raises(InputError, match=r"second.weight is a parameter .*tied to 'first.weight' in the file"):
         graphlocal.load(path, model=untied)
     with pytest.raises(InputError, match="the file has no module 'dropout'"):
         graphlocal.load(path, model=extra)
@@ -465,7 +475,7 @@ def test_a_rule_of_ones_own_has_to_be_passed_again(with_code, path):
     "partition", ["leaf", 2, ["conv", "head"], lambda op: "low" if "head" not in op.module else None]
 )
 def test_options_come_back(partition, path):
-    rule = RecLRA(beta=0.2, reprojection=1.0, feedback_total=float("inf"))
+    rule = RecLRA(beta=0.2, reprojection=1.0, gamma=float("inf"))
     local = compiled_net(rule, partition=partition)
     local.save(path)
     for loaded in (graphlocal.load(path, model=Net()), graphlocal.load(path)):

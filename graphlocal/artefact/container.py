@@ -137,7 +137,7 @@ def _objection(info: zipfile.ZipInfo) -> str:
     name, mode = info.filename, info.external_attr >> 16
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name or "\0" in name:
         return "its path leads out of the file"
-    if mode and not stat.S_ISREG(mode):
+    if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
         return "it is a link or a folder, not a plain file"
     if name not in (MANIFEST, *MEMBERS):
         return f"the members are {', '.join((MANIFEST, *MEMBERS))}"

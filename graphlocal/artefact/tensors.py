@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import safetensors
@@ -60,7 +61,7 @@ def describe(tensor: Tensor, name: str) -> TensorInfo:
             remedy="convert it, for example with to_dense(), or leave it out of the model's buffers",
         )
     shape, strides = tuple(tensor.shape), tensor.stride()
-    keep = not tensor.is_contiguous() and _dense(shape, strides)
+    keep = strides != contiguous(shape) and _dense(shape, strides)  # axes of size 1 count: kernels look at them
     return TensorInfo(dtype, shape, strides if keep else None, str(tensor.device))
 
 
@@ -83,6 +84,12 @@ def device_of(doc: Doc) -> str:
         return str(torch.device(doc.text()))
     except RuntimeError:
         raise doc.error("no such device") from None
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a new tensor of that shape."""
+    steps = list(accumulate(reversed(shape[1:]), lambda step, size: step * max(size, 1), initial=1))
+    return tuple(reversed(steps[: len(shape)]))
 
 
 def _dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
