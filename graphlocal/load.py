@@ -50,7 +50,7 @@ def load(
     answers for the saved graph are used). device: where to put a model loaded without code; default: the CPU.
 
     No part of the file is executed, imported or unpickled; a model without code, when it runs, calls operators of
-    `torch.ops.aten` alone. The format has checksums, not signatures: load files from people whose numbers you trust.
+    `torch.ops.aten` alone. The checksums show damage, not who wrote the file.
 
     Raises FileFormatError for a damaged or hostile file or an unknown version, InputError for a model whose code,
     tensors or graph differ (saying where), or that can't be loaded without its code. `model` is then as it was.

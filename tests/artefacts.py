@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import graphlocal
 from graphlocal.artefact.container import MEMBERS, write_container
 from graphlocal.runtime import LocalModule
 from zoo import ZooModel, call
@@ -34,8 +37,38 @@ class Net(nn.Module):
         return self.head(self.drop(x))
 
 
+class Odd(nn.Module):
+    """Tensors of many kinds, tied weights, a module held twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.second = nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+        self.again = self.first
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("nothing", torch.empty(0, 7))
+        self.register_buffer("halved", torch.tensor([1.5, -0.0], dtype=torch.bfloat16))
+        self.register_buffer("phase", torch.tensor([1 + 2j, -1j]))
+        self.register_buffer("double_phase", torch.tensor([1 + 2j], dtype=torch.complex128))
+        self.register_buffer("wide", torch.arange(6.0).view(2, 3).t())
+        self.register_buffer("spread", torch.tensor([2.0]).expand(4))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("hidden", torch.tensor([4.0]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        x = torch.tanh(self.first(x)) * self.wide[0, 0] + self.halved[0].float() * self.spread[0]
+        return self.again(torch.tanh(self.second(x))) * self.phase.abs()[0] + self.hidden
+
+
 def pictures(batch: int = 4) -> Tensor:
     return torch.randn(batch, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def compiled_net(rule: Any = "rec-lra", **options: Any) -> LocalModule:
+    torch.manual_seed(0)
+    return graphlocal.compile(Net(), example_inputs=pictures(), rule=rule, **options)
 
 
 def steps(local: nn.Module, inputs: Any, loss: Callable[[Any], Tensor], count: int = 2) -> list[Tensor]:
@@ -50,6 +83,18 @@ def steps(local: nn.Module, inputs: Any, loss: Callable[[Any], Tensor], count: i
         optimizer.step()
         losses.append(found.detach())
     return losses
+
+
+def forbid_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pickling and unpickling fail the test."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("something was pickled or unpickled")
+
+    for name in ("load", "loads", "dump", "dumps"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "save", refuse)
 
 
 def net_steps(local: nn.Module, count: int = 2) -> list[Tensor]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import pickle
 import warnings
 import zipfile
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
 from artefacts import (
     Net,
+    Odd,
     all_state,
     assert_same_state,
+    compiled_net,
+    forbid_pickle,
     header,
     members_of,
     net_steps,
@@ -24,12 +24,11 @@ from artefacts import (
     steps,
     zoo_steps,
 )
-from torch import Tensor, nn
 
 import graphlocal
 import zoo
 from graphlocal.errors import GraphLocalError, InputError
-from graphlocal.rules import Backprop, RecLRA
+from graphlocal.rules import RecLRA
 
 RULES = {"backprop": "backprop", "rec-lra kp": RecLRA(error_weights="kp", depth=2), "kolen-pollack": "kolen-pollack"}
 MODELS = (
@@ -40,23 +39,12 @@ MODELS = (
 
 @pytest.fixture(autouse=True)
 def no_pickle(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("something was pickled or unpickled")
-
-    for name in ("load", "loads", "dump", "dumps"):
-        monkeypatch.setattr(pickle, name, refuse)
-    monkeypatch.setattr(torch, "load", refuse)
-    monkeypatch.setattr(torch, "save", refuse)
+    forbid_pickle(monkeypatch)
 
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "m.local"
-
-
-def compiled_net(rule="rec-lra", **options):
-    torch.manual_seed(0)
-    return graphlocal.compile(Net(), example_inputs=pictures(), rule=rule, **options)
 
 
 def assert_trains_on_and_evaluates(name, rule, path):
@@ -133,31 +121,6 @@ def test_a_loaded_module_can_be_saved_again(path, tmp_path):
 
 
 # State.
-
-
-class Odd(nn.Module):
-    """Tensors of many kinds, tied weights, a module held twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(5, 5)
-        self.second = nn.Linear(5, 5)
-        self.second.weight = self.first.weight
-        self.again = self.first
-        self.register_buffer("count", torch.tensor(3))
-        self.register_buffer("nothing", torch.empty(0, 7))
-        self.register_buffer("halved", torch.tensor([1.5, -0.0], dtype=torch.bfloat16))
-        self.register_buffer("phase", torch.tensor([1 + 2j, -1j]))
-        self.register_buffer("double_phase", torch.tensor([1 + 2j], dtype=torch.complex128))
-        self.register_buffer("wide", torch.arange(6.0).view(2, 3).t())
-        self.register_buffer("spread", torch.tensor([2.0]).expand(4))
-        self.register_buffer("mask", torch.tensor([True, False]))
-        self.register_buffer("hidden", torch.tensor([4.0]), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count.add_(1)
-        x = torch.tanh(self.first(x)) * self.wide[0, 0] + self.halved[0].float() * self.spread[0]
-        return self.again(torch.tanh(self.second(x))) * self.phase.abs()[0] + self.hidden
 
 
 @pytest.mark.parametrize("with_code", [True, False], ids=["with code", "without code"])
@@ -349,156 +312,6 @@ def test_without_evaluation_graph_evaluation_is_refused(path, monkeypatch):
     assert all(map(torch.equal, net_steps(local), net_steps(loaded)))
     with pytest.raises(InputError, match="Net can't be evaluated: forward reads a clock"):
         loaded.eval()(pictures())
-
-
-# With code.
-
-
-class Doubled(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 2
-
-
-class OtherSlope(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.leaky_relu(self.norm(self.conv(x)), 0.2).mean((2, 3))
-        return self.head(self.drop(x))
-
-
-class OtherTable(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + torch.tensor([1.0, 2.0, 4.0])
-
-
-class Table(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + torch.tensor([1.0, 2.0, 3.0])
-
-
-class Slope(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.leaky_relu(self.norm(self.conv(x)), 0.1).mean((2, 3))
-        return self.head(self.drop(x))
-
-
-def untrained(model):
-    return {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
-
-
-@pytest.mark.parametrize(
-    ("saved", "given", "message", "where"),
-    [
-        (Net, Doubled, "computes something else than when it was saved", "mul"),
-        (Slope, OtherSlope, r"leaky_relu.*0.1\) when it was saved, .*0.2\) now", "test_artefact.py"),
-        (Table, OtherTable, "the tensor .* spells out has another value now", None),
-    ],
-)  # fmt: skip
-def test_changed_code_is_refused_and_says_where(saved, given, message, where, path):
-    graphlocal.compile(saved(), example_inputs=pictures()).save(path)
-    model = given().eval()
-    before = untrained(model)
-    with pytest.raises(InputError, match=message) as caught:
-        graphlocal.load(path, model=model)
-    assert where is None or where in caught.value.where
-    assert_same_state(before, untrained(model))
-    assert not model.training
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (lambda: Net(5), r"conv.weight is a parameter of \[5, 1, 3, 3\] in the model, .*\[4, 1, 3, 3\] in the file"),
-        (lambda: Net().double(), "conv.weight is float64 in the model, float32 in the file"),
-        (lambda: nn.Linear(3, 3), "it has no 'conv.weight'"),
-        (lambda: nn.Sequential(Net()), "it has no 'conv.weight'"),
-    ],
-)
-def test_another_model_is_refused(given, message, path):
-    compiled_net().save(path)
-    with pytest.raises(InputError, match=message):
-        graphlocal.load(path, model=given())
-
-
-def test_another_tie_or_module_is_refused(path):
-    graphlocal.compile(Odd(), example_inputs=torch.randn(4, 5)).save(path)
-    untied, extra = Odd(), Odd()
-    untied.second.weight = nn.Parameter(torch.zeros(5, 5))
-    extra.dropout = nn.Dropout()
-    with pytest.raises(InputError, match=r"second.weight is a parameter .*tied to 'first.weight' in the file"):
-        graphlocal.load(path, model=untied)
-    with pytest.raises(InputError, match="the file has no module 'dropout'"):
-        graphlocal.load(path, model=extra)
-
-
-def test_bad_arguments_are_refused(path):
-    local = compiled_net()
-    local.save(path)
-    with pytest.raises(InputError, match="model is a LocalModule"):
-        graphlocal.load(path, model=local)
-    with pytest.raises(InputError, match="path is a int"):
-        graphlocal.load(3)
-    with pytest.raises(InputError, match="can't be read"):
-        graphlocal.load(path.with_name("nowhere.local"))
-    with pytest.raises(InputError, match="can't be read"):
-        graphlocal.load(path.parent)
-
-
-# Rules and partitions.
-
-
-@dataclass(frozen=True)
-class HalfBackprop(Backprop):
-    name: ClassVar[str] = "half"
-    share: float = 0.5
-
-    def project(self, update: Tensor) -> Tensor:
-        return update * self.share
-
-
-@pytest.mark.parametrize("with_code", [True, False], ids=["with code", "without code"])
-def test_a_rule_of_ones_own_has_to_be_passed_again(with_code, path):
-    local = compiled_net(HalfBackprop(0.25))
-    local.save(path)
-    model = Net() if with_code else None
-    with pytest.raises(InputError, match="'HalfBackprop', which is not graphlocal's own") as caught:
-        graphlocal.load(path, model=model)
-    assert "rule=MyRule()" in caught.value.remedy
-    with pytest.raises(InputError, match="saved with 'HalfBackprop'"):
-        graphlocal.load(path, model=model, rule=RecLRA())
-    with pytest.raises(InputError, match="the passes make another graph"):
-        graphlocal.load(path, model=model, rule=HalfBackprop(0.75))
-    loaded = graphlocal.load(path, model=model, rule=HalfBackprop(0.25))
-    assert all(map(torch.equal, net_steps(local), net_steps(loaded)))
-
-
-@pytest.mark.parametrize(
-    "partition", ["leaf", 2, ["conv", "head"], lambda op: "low" if "head" not in op.module else None]
-)
-def test_options_come_back(partition, path):
-    rule = RecLRA(beta=0.2, reprojection=1.0, gamma=float("inf"))
-    local = compiled_net(rule, partition=partition)
-    local.save(path)
-    for loaded in (graphlocal.load(path, model=Net()), graphlocal.load(path)):
-        assert loaded.options.rule == rule
-        assert loaded.graph == local.graph
-        if not callable(partition):
-            assert loaded.options.partition == partition
-
-
-def test_skip_errors_come_back(path):
-    local = compiled_net(RecLRA(), partition="leaf", skip_errors=[("output", "conv")])
-    local.save(path)
-    assert graphlocal.load(path).options.skip_errors == (("output", "conv"),)
-
-
-def test_a_partition_function_is_kept_as_its_answers_for_the_saved_graph(path):
-    low = lambda op: "low" if "head" not in op.module else None  # noqa: E731
-    compiled_net(partition=low).save(path)
-    loaded = graphlocal.load(path, model=Net(), partition=low)
-    assert loaded.options.partition is low
-    answers = graphlocal.load(path, model=Net()).options.partition
-    with pytest.raises(InputError, match="has no box for the operation 'other'"):
-        answers(graphlocal.ir.Operation("other", "aten.relu.default", ()))
 
 
 def test_loading_twice_does_not_move_the_random_state(path):
