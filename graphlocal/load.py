@@ -61,10 +61,11 @@ def load(
         raise InputError(
             f"model is a {type(model).__name__}", remedy="pass the model itself, as you passed it to graphlocal.compile"
         )
+    place = _device(device, model)
     artefact = read_model(Path(path))
     options = read_options(artefact.options, rule, partition)
     try:
-        local = _without_code(artefact, options, device) if model is None else _into(model, artefact, options)
+        local = _without_code(artefact, options, place) if model is None else _into(model, artefact, options)
     except (GraphLocalError, NotImplementedError):
         raise
     except (Exception, RecursionError) as error:
@@ -78,9 +79,22 @@ def load(
     return local
 
 
-def _without_code(artefact: Artefact, options: Options, device: str | torch.device | None) -> LocalModule:
-    model = stored_model(artefact, torch.device("cpu" if device is None else device))
-    return _compiled(model, artefact, options, model.device, compare=_require_same_graph)
+def _device(device: str | torch.device | None, model: nn.Module | None) -> torch.device:
+    if device is not None and model is not None:
+        raise InputError(
+            "device is given with a model",
+            why="a model keeps its own device",
+            remedy="move the model first: model.to(device)",
+        )
+    try:
+        return torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"device={device!r} can't be used", why=str(error).split("\n")[0][:200]) from None
+
+
+def _without_code(artefact: Artefact, options: Options, device: torch.device) -> LocalModule:
+    model = stored_model(artefact, device)
+    return _compiled(model, artefact, options, device, compare=_require_same_graph)
 
 
 def _into(model: nn.Module, artefact: Artefact, options: Options) -> LocalModule:

@@ -295,6 +295,17 @@ def test_without_code_it_can_be_copied_and_inspected(path):
         graphlocal.recalibrate(loaded, [pictures()])
 
 
+def test_without_code_devices_that_are_written_into_the_graph_follow_the_model(path):
+    model = zoo.MODELS["lstm"]
+    graphlocal.compile(model.make(), example_inputs=model.example()).save(path)
+    stored = graphlocal.load(path).original.training_graph
+    moved = stored.on(torch.device("cpu"), torch.device("cuda", 1))
+    found = [[n.kwargs["device"] for n in g.nodes if "device" in n.kwargs] for g in (stored.graph, moved)]
+    assert len(found[0]) > 0
+    assert set(found[0]) == {torch.device("cpu")}
+    assert set(found[1]) == {torch.device("cuda", 1)}
+
+
 def test_without_code_another_dtype_is_refused(path):
     compiled_net().save(path)
     with pytest.raises(InputError, match=r"computes in float32|is not for this call"):

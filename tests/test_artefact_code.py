@@ -106,6 +106,11 @@ def test_bad_arguments_are_refused(path):
     local.save(path)
     with pytest.raises(InputError, match="model is a LocalModule"):
         graphlocal.load(path, model=local)
+    with pytest.raises(InputError, match="device is given with a model"):
+        graphlocal.load(path, model=Net(), device="cpu")
+    for device in ("abacus", "cuda:9"):
+        with pytest.raises(InputError, match="can't be used"):
+            graphlocal.load(path, device=device)
     with pytest.raises(InputError, match="path is a int"):
         graphlocal.load(3)
     with pytest.raises(InputError, match="can't be read"):
