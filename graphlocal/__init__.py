@@ -11,11 +11,11 @@ from graphlocal.alignment import Alignment, alignment
 from graphlocal.check import Finding, Report, check
 from graphlocal.compile import compile
 from graphlocal.errors import GraphLocalError
+from graphlocal.load import load
 from graphlocal.recalibrate import recalibrate
 from graphlocal.runtime import LocalModule
 from graphlocal.step import TrainStep, train_step
-
-__version__ = "0.1.0"
+from graphlocal.version import __version__ as __version__
 
 __all__ = [
     "Alignment",
@@ -27,6 +27,7 @@ __all__ = [
     "alignment",
     "check",
     "compile",
+    "load",
     "recalibrate",
     "rules",
     "train_step",

@@ -28,6 +28,7 @@ from graphlocal.passes.schedule import Schedule
 from graphlocal.passes.skip_errors import InsertSkipErrors
 from graphlocal.pipeline import PassRecord, run
 from graphlocal.rules import Rule
+from graphlocal.stored import StoredModel
 from graphlocal.targets.bodies import twin_name
 from graphlocal.targets.eager import emit
 from graphlocal.targets.flat import flatten
@@ -158,11 +159,28 @@ def build(
 
     Raises a GraphLocalError, and leaves model and error_weights as they were, if any step fails.
     """
-    traced = trace(model, arguments, dynamic)
-    graph = lift(traced, model)
+    traced, graph = operations(model, arguments, dynamic)
     _require_learnable(graph)
     _warn_of_dead_parameters(graph)
     graph, records = run(graph, passes(options))
+    return finish(model, options, traced, graph, records, error_weights)
+
+
+def operations(
+    model: nn.Module, arguments: Arguments, dynamic: DynamicDims | None = None
+) -> tuple[TracedModel, LocalGraph]:
+    """A model's graph before any pass: by tracing, or the one that it was loaded with."""
+    if isinstance(model, StoredModel):
+        return model.traced(arguments), model.operations()
+    traced = trace(model, arguments, dynamic)
+    return traced, lift(traced, model)
+
+
+def finish(
+    model: nn.Module, options: Options, traced: TracedModel, graph: LocalGraph, records: tuple[PassRecord, ...],
+    error_weights: nn.Module,
+) -> Compiled:  # fmt: skip
+    """What runs a scheduled graph; new feedback maps are added to `error_weights`."""
     _add_feedback(graph, options.rule, model, error_weights)
     training = emit(graph, traced, model, options.rule, error_weights)
     return Compiled(model, options, traced, graph, records, training, error_weights)
@@ -213,17 +231,19 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
     for i, connection in enumerate(c for c in graph.connections if c.kind == "feedback"):
         generator = torch.Generator().manual_seed((torch.initial_seed() + 7919 * (i + 1)) % 2**63)
         for name, shape in zip(names[connection.name], pairwise(connection.weight), strict=True):
-            value = rule.initial_feedback(replace(connection, weight=shape), generator)
             known = getattr(error_weights, name, None)
-            if known is not None and known.shape == value.shape:
+            if known is not None and known.shape == shape:
                 continue
+            value = rule.initial_feedback(replace(connection, weight=shape), generator)
             value = value.to(example.device, example.dtype)
             _register(error_weights, name, value, rule)
     tensors = dict(model.named_parameters())
     for i, parameter in enumerate(graph.twins):
         generator = torch.Generator().manual_seed((torch.initial_seed() + 104729 * (i + 1)) % 2**63)
+        if hasattr(error_weights, twin_name(parameter)):
+            continue
         twin = rule.initial_twin(tensors[parameter], generator)
-        if twin is not None and not hasattr(error_weights, twin_name(parameter)):
+        if twin is not None:
             _register(error_weights, twin_name(parameter), twin, rule)
 
 

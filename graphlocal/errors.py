@@ -24,6 +24,10 @@ class InputError(GraphLocalError, ValueError):
     """An argument of a graphlocal call, or an input of a compiled model, is not what it must be."""
 
 
+class FileFormatError(InputError):
+    """A file given to `graphlocal.load` is damaged, hostile, or of a version that is not known here."""
+
+
 class TraceError(GraphLocalError):
     """The model could not be turned into a graph that computes the same."""
 

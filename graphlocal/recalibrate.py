@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphlocal.errors import InputError
 from graphlocal.runtime import LocalModule
+from graphlocal.stored import StoredModel
 
 ENOUGH = 20
 """Batches that are usually enough."""
@@ -24,10 +25,15 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     may be a tensor, a tuple of positional inputs or a dict of keyword inputs. Weights, modes and momentum are
     left as they were. A model without BatchNorm is left alone.
 
-    Raises InputError if `batches` is empty.
+    Raises InputError if `batches` is empty, and for a model that was loaded without its code.
     """
     if isinstance(model, LocalModule):
         model = model.original
+    if isinstance(model, StoredModel):
+        raise InputError(
+            "a model that was loaded without its code has no BatchNorm layers to recalibrate",
+            remedy="load it with graphlocal.load(path, model=my_model)",
+        )
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,11 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import Binder, ExampleInputs
+from graphlocal.artefact.write import write_model
 from graphlocal.compiler import COMPUTED, Compiled, Options, build
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.execution import Run
 from graphlocal.ir import LocalGraph
-from graphlocal.preserve import undone_on
+from graphlocal.preserve import training_mode, undone_on
 from graphlocal.statistics_lag import StatisticsLag
 from graphlocal.targets.show import Drawing, draw, write
 
@@ -38,18 +40,25 @@ class LocalModule(nn.Module):
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, options: Options) -> None:
+        binder = Binder(model)
+        self._adopt(build(model, binder.example(example_inputs), options, nn.Module()), binder)
+
+    @classmethod
+    def of(cls, compiled: Compiled) -> LocalModule:
+        """The module of a compilation that was made elsewhere."""
+        local = cls.__new__(cls)
+        local._adopt(compiled, Binder(compiled.model))
+        return local
+
+    def _adopt(self, compiled: Compiled, binder: Binder) -> None:
         super().__init__()
         self.check_finite = True
-        self.options = options
-        binder = Binder(model)
-        arguments = binder.example(example_inputs)
-        error_weights = nn.Module()
-        compiled = build(model, arguments, options, error_weights)
-        self.original = model
-        self.error_weights = error_weights
+        self.options = compiled.options
+        self.original = compiled.model
+        self.error_weights = compiled.error_weights
         self._reset(binder)
         self._remember(compiled)
-        self.training = error_weights.training = model.training
+        self.training = self.error_weights.training = compiled.model.training
 
     def _reset(self, binder: Binder) -> None:
         self._binder = binder
@@ -100,6 +109,29 @@ class LocalModule(nn.Module):
             return draw(self.graph, **options)
         write(self.graph, path, **options)
         return None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the module to one file, from which `graphlocal.load` restores it; JSON and safetensors, no pickle.
+
+        It holds the weights, buffers, feedback maps and twins, modes, frozen parameters, rule, partition and graph,
+        and the example inputs that the module was compiled with. It does not hold optimizers, gradients, random
+        state, or what the model keeps in plain Python attributes.
+
+        Raises InputError for a tensor that safetensors can't hold, or where the file can't be written.
+        """
+        with training_mode(self.original):
+            compiled = self._for_training()
+            modes = {name: module.training for name, module in self.original.named_modules()}
+        write_model(path, compiled, modes, training=self.training, check_finite=self.check_finite)
+
+    def _for_training(self) -> Compiled:
+        """The compilation for the modes and the frozen parameters that the model has now."""
+        last = self.compiled
+        state = self._state()
+        found = next((compiled for known, compiled in self._cache if known == state), None)
+        if found is not None:
+            return found
+        return self._recompile(list(last.traced.arguments.leaves), last.traced.arguments.spec, set(last.traced.dynamic))
 
     # Running.
 

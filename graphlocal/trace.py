@@ -70,15 +70,31 @@ def trace(model: nn.Module, arguments: Arguments, dynamic: DynamicDims | None = 
     Raises TraceError if no tracer gives a graph with the eager model's outputs, buffers and gradients.
     """
     if dynamic is None:
-        dynamic = frozenset(
-            (i, 0) for i, x in enumerate(arguments.leaves) if isinstance(x, torch.Tensor) and x.dim() > 0
-        )
+        dynamic = _first_axes(arguments)
     with training_mode(model):
         key = cache.fingerprint(model, arguments, dynamic)
         traced = _from_cache(model, arguments, key) or _run_chain(model, arguments, dynamic)
     if not has_guards(traced.module):
         cache.keep(key, traced.module, model, (traced.out_spec, traced.rung, traced.dynamic, traced.constants))
     return traced
+
+
+def trace_evaluation(model: nn.Module, arguments: Arguments, dynamic: DynamicDims) -> TracedModel:
+    """Trace a model in evaluation mode; the model is left as it was. dynamic: axes besides axis 0 of every tensor.
+
+    Raises TraceError as `trace` does.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        return _run_chain(model, arguments, dynamic | _first_axes(arguments))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _first_axes(arguments: Arguments) -> DynamicDims:
+    return frozenset((i, 0) for i, x in enumerate(arguments.leaves) if isinstance(x, torch.Tensor) and x.dim() > 0)
 
 
 def _from_cache(model: nn.Module, arguments: Arguments, key: Hashable | None) -> TracedModel | None:

@@ -373,3 +373,17 @@ def test_a_module_that_fails_when_imported_is_an_error_of_the_input(monkeypatch,
     monkeypatch.setattr("importlib.import_module", fails)
     with pytest.raises(InputError, match=f"{type(error).__name__}: {error}"):
         load_model("anything:net", [])
+
+
+# Saved models
+
+
+def test_compile_and_train_write_whole_models_to_names_that_end_in_local(run, tmp_path):
+    compiled, trained = tmp_path / "c.local", tmp_path / "t.local"
+    ran = run("compile", MLP, *DIGITS, "-o", compiled)
+    assert (ran.code, ran.out.splitlines()[-1]) == (0, f"model written to {compiled}")
+    assert run("train", "--epochs", "1", "--batch-size", "512", "--rule", "backprop", "--save", trained).code == 0
+    for path, rule in ((compiled, "RecLRA()"), (trained, "Backprop()")):
+        local = graphlocal.load(path)
+        assert str(local.options.rule) == rule
+        assert local(torch.randn(2, 1, 8, 8)).shape == (2, 10)

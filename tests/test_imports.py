@@ -22,20 +22,21 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphlocal.targets": "targets"}
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors"}),
+    frozenset({"errors", "version"}),
     frozenset({"arguments", "data", "files", "guards", "ir", "preserve", "source"}),
     frozenset({"text", "verify"}),
     frozenset(
         {"feedback", "partial_optimizer", "statistics_lag", "nn", "unrolled", "normalize", "opaque", "selfcheck"}
     ),
     frozenset({"cache", "record", "trace"}),
-    frozenset({"lift", "pipeline"}),
+    frozenset({"lift", "pipeline", "stored"}),
     frozenset({"rules"}),
     frozenset({"passes"}),
     frozenset({"targets"}),
     frozenset({"compiler", "execution"}),
+    frozenset({"artefact"}),
     frozenset({"runtime"}),
-    frozenset({"compile"}),
+    frozenset({"compile", "load"}),
     frozenset({"alignment", "check", "partition", "recalibrate", "step"}),
     frozenset({"model_spec", "training"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names

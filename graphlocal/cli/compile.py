@@ -17,7 +17,9 @@ from graphlocal.text import to_text
 def compile(
     model: Model, input: Inputs = [], set: Settings = [], rule: RuleName = "rec-lra",  # noqa: B006
     partition: PartitionText = "auto", depth: Depth = 1,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the graph's full text here.")] = None,
+    output: Annotated[Path | None, typer.Option(
+        "-o", "--output", help="Write the graph's full text here; the whole model if the name ends in .local.",
+    )] = None,
     passes: Annotated[bool, typer.Option("--passes", help="Show what each pass changed.")] = False,
 ) -> None:  # fmt: skip
     """Compile a model and show its subgraphs, error neurons, skip-errors and schedule.
@@ -36,5 +38,8 @@ def compile(
     console.print(str(local.graph), markup=False)
     console.print(f"compiled in {seconds:.1f} s, traced by: {local.compiled.traced.rung}")
     if output is not None:
-        write(output, to_text(local.graph).encode())
-        console.print(f"graph written to {output}")
+        if output.suffix == ".local":
+            local.save(output)
+        else:
+            write(output, to_text(local.graph).encode())
+        console.print(f"{'model' if output.suffix == '.local' else 'graph'} written to {output}")

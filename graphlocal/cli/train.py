@@ -42,7 +42,9 @@ def train(
     flatten: Annotated[bool, typer.Option(help="Give the model vectors instead of images.")] = False,
     backprop: Annotated[bool, typer.Option(help="Train the same model by backpropagation beside it.")] = False,
     seed: Annotated[int, typer.Option(help="Of the weights, the feedback maps and the order of the data.")] = 0,
-    save: Annotated[Path | None, typer.Option(help="Write the trained model's state_dict here.")] = None,
+    save: Annotated[Path | None, typer.Option(
+        help="Write the trained model's state_dict here; all of it if the name ends in .local.",
+    )] = None,
 ) -> None:  # fmt: skip
     """Train a model with local updates on digits, MNIST or Fashion-MNIST.
 
@@ -67,8 +69,11 @@ def train(
     }
     console.print(_history_table(histories))
     if save is not None:
-        write_with(save, lambda path: torch.save(built.state_dict(), path))
-        console.print(f"weights written to {save}")
+        if save.suffix == ".local":
+            local.save(save)
+        else:
+            write_with(save, lambda path: torch.save(built.state_dict(), path))
+        console.print(f"{'model' if save.suffix == '.local' else 'weights'} written to {save}")
 
 
 def _first_folder(path: Path) -> Path:
