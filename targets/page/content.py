@@ -19,11 +19,14 @@ from graphlocal.text.summary import short_target
 _NAMED_OPERATIONS = 4
 
 
-def content(graph: LocalGraph, alignment: Mapping[str, float] | None, losses: Mapping[str, float] | None) -> dict[str, Any]:
+def content(
+    graph: LocalGraph, alignment: Mapping[str, float] | None, losses: Mapping[str, float] | None
+) -> dict[str, Any]:
     """Everything that the page shows. Raises InputError for a graph without subgraphs, and unknown names."""
     if not graph.subgraphs:
         raise InputError(
-            f"{graph.name} has no subgraphs to draw", remedy="draw a compiled model's graph: graphlocal.compile(...).graph"
+            f"{graph.name} has no subgraphs to draw",
+            remedy="draw a compiled model's graph: graphlocal.compile(...).graph",
         )
     measures = {"angle": _measure(graph, alignment, "alignment"), "loss": _measure(graph, losses, "losses")}
     drawing = Drawing.of(graph)

@@ -16,8 +16,10 @@ from graphlocal.targets.page.content import content
 
 LIBRARIES = ("cytoscape.min.js", "dagre.min.js")
 STYLES = ("colours.css", "page.css", "parts.css", "print.css")
-SCRIPTS = ("data.js", "state.js", "inside.js", "place.js", "routes.js", "scales.js", "errors.js", "draw.js", "labels.js",
-           "dom.js", "panel.js", "search.js", "schedule.js", "keys.js", "print.js", "main.js")  # fmt: skip
+SCRIPTS = (
+    "data.js", "state.js", "inside.js", "place.js", "routes.js", "scales.js", "errors.js", "draw.js",
+    "labels.js", "dom.js", "panel.js", "search.js", "schedule.js", "keys.js", "print.js", "main.js",
+)  # fmt: skip
 """In this order they are one script, and share their names."""
 
 
@@ -43,7 +45,7 @@ def page(
     scripts = [_inert(text) for text in (*libraries, f'"use strict";\n(() => {{\n{own}}})();\n')]
     parts = {
         "policy": _policy(scripts, style),
-        "title": html.escape(title if title is not None else graph.name),
+        "title": html.escape(_sound(title if title is not None else graph.name)),
         "style": style,
         "data": _json(content(graph, alignment, losses)),
         "licences": html.escape(_bundled("LICENSES.txt").read_text(encoding="utf-8")),
@@ -80,7 +82,12 @@ def _json(data: object) -> str:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
     text = re.sub("[<>&\u2028\u2029]", lambda match: escapes[match[0]], text)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # lone surrogates, as JSON writes them
+
+
+def _sound(text: str) -> str:
+    """Text that UTF-8 can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _policy(scripts: list[str], style: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from graphlocal.ir import LocalGraph, Subgraph
@@ -35,7 +35,9 @@ class Group:
 
     def subgraphs(self) -> tuple[int, ...]:
         """Everything inside."""
-        return tuple(n for member in self.members for n in ((member,) if isinstance(member, int) else member.subgraphs()))
+        return tuple(
+            n for member in self.members for n in ((member,) if isinstance(member, int) else member.subgraphs())
+        )
 
 
 def tree(graph: LocalGraph) -> Group:
@@ -93,7 +95,7 @@ def _simplified(members: Iterable[Group | int], total: int) -> list[Group | int]
         share = len(member.subgraphs()) / total
         telling = member.kind == "region" or (len(inner) >= _SMALLEST_MODULE and share <= _TOO_LARGE_A_SHARE)
         found += [replace(member, members=tuple(inner))] if telling and len(inner) > 1 else inner
-    return found
+    return sorted(found, key=lambda member: member if isinstance(member, int) else min(member.subgraphs()))
 
 
 def _in_runs(group: Group) -> Group:
@@ -102,7 +104,7 @@ def _in_runs(group: Group) -> Group:
     while len(members) > LARGEST:
         count = -(-len(members) // RUN)
         cuts = [len(members) * i // count for i in range(count + 1)]
-        members = [Group("", "run", tuple(members[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)]
+        members = [Group("", "run", tuple(members[a:b])) for a, b in pairwise(cuts)]
     return replace(group, members=tuple(members))
 
 

@@ -15,6 +15,8 @@ TALLEST = 6
 """A layer of more members stands in several columns."""
 _ASPECT = 1.4
 _WIDTHS = tuple(range(600, 6001, 150))
+OWN_WIDTH = 1000
+"""Of the bands of a group that is closed at first."""
 
 Size = tuple[int, int]
 
@@ -50,10 +52,10 @@ class Nest:
     inner: Mapping[str, Nest]
 
 
-def arrange(nest: Nest) -> dict[str, Box]:
-    """The boxes of all groups, the outermost under `""`; bands are as wide as fits the screen best."""
+def arrange(nest: Nest, widths: Sequence[int] = _WIDTHS) -> dict[str, Box]:
+    """The boxes of all groups, the outermost under `""`; bands are as wide as fits the screen best, of `widths`."""
     layered = _Layered(nest)
-    candidates = (layered.boxes(width) for width in _WIDTHS)
+    candidates = (layered.boxes(width) for width in widths)
     return min(candidates, key=lambda boxes: _cost(boxes[""].size))
 
 

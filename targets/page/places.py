@@ -12,7 +12,7 @@ from graphlocal.targets.page.groups import Group, short_name, tree
 from graphlocal.targets.page.layout import Box, Nest, Size, arrange
 from graphlocal.text import type_label
 
-AT_FIRST = 170
+AT_FIRST = 220
 """Nodes and edges that the page opens with; it shows 300, so there is room for errors and one opened subgraph."""
 _MOST_INPUTS = 6
 _HEIGHT, _ROUND_HEIGHT = 62, 44
@@ -46,7 +46,13 @@ class Drawing:
     @property
     def spacing(self) -> dict[str, int]:
         """What the page needs to make room where something opens."""
-        return {"x": layout.GAP_X, "y": layout.GAP_Y, "band": layout.BAND_GAP, "padX": layout.PAD_X, "padY": layout.PAD_Y}
+        return {
+            "x": layout.GAP_X,
+            "y": layout.GAP_Y,
+            "band": layout.BAND_GAP,
+            "padX": layout.PAD_X,
+            "padY": layout.PAD_Y,
+        }
 
 
 def _nodes(graph: LocalGraph) -> tuple[dict[str, Node], dict[str, list[str]]]:
@@ -104,19 +110,27 @@ def _edges(graph: LocalGraph, sources: Sequence[str]) -> tuple[Edge, ...]:
 
 
 def _opened(members: Mapping[str, Sequence[str]], links: set[tuple[str, str]]) -> set[str]:
-    """The groups to show open: outer ones first, while nodes and edges stay below `AT_FIRST`."""
+    """The groups to show open, level by level, while nodes and edges stay within `AT_FIRST`.
+
+    The first level that does not fit as a whole is opened as far as it goes, so that its neighbours look alike.
+    """
     path = _paths(members)
     opened: set[str] = set()
-    waiting = [m for m in members[""] if m in members]
-    while waiting:
-        group = waiting.pop(0)
-        trial = opened | {group}
-        shown = {id for id, above in path.items() if id and all(g in trial for g in above)}
-        crossing = {(_shown(path, trial, a), _shown(path, trial, b)) for a, b in links}
-        if len(shown) + sum(a != b for a, b in crossing) <= AT_FIRST:
-            opened = trial
-            waiting += [m for m in members[group] if m in members]
+    level = [m for m in members[""] if m in members]
+    while level:
+        fits = _elements(path, links, opened.union(level)) <= AT_FIRST
+        for group in level:
+            if fits or _elements(path, links, opened | {group}) <= AT_FIRST:
+                opened.add(group)
+        level = [m for group in level for m in members[group] if m in members] if fits else []
     return opened
+
+
+def _elements(path: Mapping[str, tuple[str, ...]], links: set[tuple[str, str]], opened: set[str]) -> int:
+    """How many nodes and edges are visible."""
+    shown = sum(id != "" and opened.issuperset(above) for id, above in path.items())
+    crossing = {(_shown(path, opened, a), _shown(path, opened, b)) for a, b in links}
+    return shown + sum(a != b for a, b in crossing)
 
 
 def _paths(members: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
@@ -161,7 +175,7 @@ def _place(
     boxes: dict[str, Box] = arrange(nest("", opened))
     for group in members:
         if group and group not in boxes:
-            boxes[group] = arrange(nest(group, set()))[""]
+            boxes[group] = arrange(nest(group, set()), (layout.OWN_WIDTH,))[""]
     for group, box in boxes.items():
         for id, place in box.places.items():
             size = boxes[id].size if id in opened else leaves[id]

@@ -15,6 +15,9 @@ function h(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** A path of modules that may go on in the next line after a dot. */
+const dotted = (name) => String(name).split(/(?<=[.:])/).flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part]));
+
 /** A stroke as the graph draws it, for legends. */
 function stroke(colour, dashes, mark) {
   const make = (tag, attributes) => {

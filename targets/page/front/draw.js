@@ -47,7 +47,7 @@ function nodeElement(node, { x, y, w, h: tall }, colours) {
   const wide = node.kind === "group" && isOpen(node.id), opened = node.kind === "subgraph" && isOpen(node.id);
   const level = groupsAround(node.id).length;
   return {
-    group: "nodes", data: { id: node.id, w, h: tall, fill: colours.fill(node.id), level: wide ? level : 20 + level },
+    group: "nodes", data: { id: node.id, w, h: tall, fill: colours.fill(node.id), level: wide ? level : opened ? 32 : 45 },
     position: { x: x + w / 2, y: y + tall / 2 },
     classes: wide ? "group wide" : opened ? "subgraph wide" : node.kind,
   };
@@ -56,7 +56,7 @@ function nodeElement(node, { x, y, w, h: tall }, colours) {
 function operationElement(id, { x, y, w, h: tall, index }) {
   const operation = content.operations[index];
   const role = (operation.states || []).length ? "parametric" : operation.pointwise ? "pointwise" : "";
-  return { group: "nodes", data: { id, w, h: tall, level: 40 }, position: { x: x + w / 2, y: y + tall / 2 }, classes: `operation ${role}` };
+  return { group: "nodes", data: { id, w, h: tall, level: 46 }, position: { x: x + w / 2, y: y + tall / 2 }, classes: `operation ${role}` };
 }
 
 function edgeElement(id, from, to, points, boxes, classes, items = []) {
@@ -90,14 +90,14 @@ function styles() {
     { selector: "edge[?bent]", style: {
       "curve-style": "round-segments", "segment-weights": "data(weights)", "segment-distances": "data(distances)", "segment-radii": 7,
     } },
-    { selector: "edge.inner", style: { width: 1.2, "z-index": 39, "arrow-scale": .6 } },
+    { selector: "edge.inner", style: { width: 1.2, "z-index": 40, "arrow-scale": .6 } },
     { selector: "edge.error", style: {
-      "line-color": "data(colour)", "target-arrow-color": "data(colour)", width: 1.7, "arrow-scale": .7, "z-index": 60, events: "no",
+      "line-color": "data(colour)", "target-arrow-color": "data(colour)", width: 1.7, "arrow-scale": .7, "z-index": 43, events: "no",
     } },
     { selector: "edge.vjp", style: { "line-style": "dashed" } },
-    { selector: "edge.faded", style: { opacity: .3 } },
-    { selector: "edge.data.lit", style: { width: 2.6, "line-color": css("accent"), "target-arrow-color": css("accent"), "z-index": 55 } },
-    { selector: "edge.error.lit", style: { width: 2.6, "z-index": 65 } },
+    { selector: "edge.faded", style: { opacity: .4 } },
+    { selector: "edge.data.lit", style: { width: 2.6, "line-color": css("accent"), "target-arrow-color": css("accent"), "z-index": 42 } },
+    { selector: "edge.error.lit", style: { width: 2.6, "z-index": 44 } },
   ];
 }
 
@@ -110,6 +110,7 @@ function redraw() {
     cy.add(view.elements);
   });
   cy.style(styles());
+  byId("graph").dataset.elements = cy.elements().length;
   lightUp();
   drawLabels(view.boxes);
   drawLegend();
@@ -137,8 +138,9 @@ const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 /** Show everything, but no larger than life. */
 function fit() {
   const whole = drawn.boxes.get(""), stage = byId("stage").getBoundingClientRect();
-  const zoom = Math.min((stage.width - 56) / whole.w, (stage.height - 70) / whole.h, 1.25);
-  cy.viewport({ zoom, pan: { x: (stage.width - whole.w * zoom) / 2, y: Math.max(8, (stage.height - 64 - whole.h * zoom) / 2) } });
+  const top = byId("note").hidden ? 0 : 34, free = stage.height - top - 66;
+  const zoom = Math.min((stage.width - 56) / whole.w, free / whole.h, 1.5);
+  cy.viewport({ zoom, pan: { x: (stage.width - whole.w * zoom) / 2, y: top + Math.max(0, (free - whole.h * zoom) / 2) } });
 }
 
 /** Bring a node into view, and as a whole where that fits. */

@@ -22,7 +22,7 @@ function card(id, box, classes, said, ...children) {
 function labelOf(node, box, fill) {
   const opened = isOpen(node.id) && (node.kind === "group" || node.kind === "subgraph");
   const tone = opened || node.kind === "input" || node.kind === "output" ? "" : isDark(fill) ? "on-dark" : "on-light";
-  const element = card(node.id, box, `${node.kind} ${opened ? "open" : tone}`, saidOf(node), h("b", {}, node.label), ...detailsOf(node, opened).map((text) => h("span", { class: "detail" }, text)));
+  const element = card(node.id, box, `${node.kind} ${opened ? "open" : tone}`, saidOf(node), h("b", {}, dotted(node.label)), ...detailsOf(node, opened).map((text) => h("span", { class: "detail" }, text)));
   if (node.kind === "group" || node.kind === "subgraph") element.setAttribute("aria-expanded", String(isOpen(node.id)));
   return element;
 }
@@ -75,6 +75,7 @@ function markSelected(focus) {
 function follow() {
   const { x, y } = cy.pan(), zoom = cy.zoom(), layer = byId("labels");
   layer.style.transform = `translate(${x}px, ${y}px) scale(${zoom})`;
+  layer.style.setProperty("--zoom", zoom.toFixed(3));
   layer.classList.toggle("far", zoom < .52);
   layer.classList.toggle("farther", zoom < .26);
 }
@@ -87,9 +88,10 @@ function drawLegend() {
     const swatch = (depth) => h("span", {}, h("i", { class: "swatch", style: { background: depth < 0 ? css("card") : DEPTHS[theme][Math.min(depth, 3)] } }), depth < 0 ? "no error neuron" : depth === 0 ? "exact" : depth >= 3 ? "3 and deeper" : String(depth));
     parts.push(h("div", {}, scale.legend, h("div", { class: "key" }, ...depths.filter((d) => d <= 3).map(swatch))));
   } else if (scale.ramp && Number.isFinite(range[0])) {
+    const closed = visibleNodes().some((node) => node.kind === "group" && !isOpen(node.id));
     const ramp = h("span", { class: "ramp", style: { background: `linear-gradient(90deg, ${RAMPS[theme][scale.ramp].join(", ")})` } });
     const ticks = [range[0], (range[0] + range[1]) / 2, range[1]].map((value) => h("span", {}, `${short(value)}${unit}`));
-    parts.push(h("div", {}, scale.legend, ramp, h("div", { class: "ticks" }, ...ticks)));
+    parts.push(h("div", {}, scale.legend, closed ? " (mean of a closed group)" : "", ramp, h("div", { class: "ticks" }, ...ticks)));
   }
   if (state.overlay !== "none") {
     const kinds = new Map(content.connections.map((c) => [`${c.kind} ${c.kind === "loss" ? 0 : c.depth}`, c]));

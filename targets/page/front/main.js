@@ -151,7 +151,7 @@ function start() {
   changed();
   fit();
   listen();
-  document.documentElement.dataset.ready = "true";
+  document.documentElement.dataset.ready = String(Math.round(performance.now()));
 }
 
 start();

@@ -16,7 +16,7 @@ const titled = (title, ...children) => (children.flat().filter(Boolean).length ?
 function list(items, most = 60) {
   if (!items.length) return null;
   const row = ({ start, end, note, go, current }) => h("li", { class: current ? "current" : null }, h("button", { type: "button", onclick: go },
-    h("span", { class: "start" }, start, note ? h("small", {}, note) : null), end === undefined ? null : end instanceof Node ? end : h("span", { class: "end" }, end)));
+    h("span", { class: "start" }, dotted(start), note ? h("small", {}, note) : null), end === undefined ? null : end instanceof Node ? end : h("span", { class: "end" }, end)));
   const element = h("ul", {}, ...items.slice(0, most).map(row));
   if (items.length <= most) return element;
   const more = h("button", { type: "button", class: "more", onclick: () => {
@@ -62,7 +62,7 @@ function openButton(node) {
 function groupDetails(node) {
   const inside = subgraphsIn(node);
   const sort = { region: "Region of the partition", module: "Module path", run: "Neighbouring subgraphs" }[node.of];
-  return [h("h2", {}, node.name), h("p", { class: "sort" }, sort), openButton(node),
+  return [h("h2", {}, dotted(node.name)), h("p", { class: "sort" }, sort), openButton(node),
     facts([["Subgraphs", inside.length], ["Operations", total(inside.map((s) => ({ n: s.operations.length })), "n").toLocaleString("en")], ["Parameters", total(inside, "parameters").toLocaleString("en")], ["FLOPs", short(total(inside, "flops"))]]),
     titled("Subgraphs", list(inside.map((s) => ({ start: s.name, end: short(s.parameters), go: () => select(s.id) }))))];
 }
@@ -81,7 +81,7 @@ function subgraphDetails(node) {
   const out = content.connections.filter((c) => c.from === node.id), into = incoming.get(node.id) || [];
   const all = total(subgraphs, "flops") || 1;
   return [
-    h("h2", {}, node.name),
+    h("h2", {}, dotted(node.name)),
     h("p", { class: "sort" }, `Subgraph ${node.number} of ${subgraphs.length}${node.regions.length ? `, in ${node.regions.join(" › ")}` : ""}`), openButton(node),
     facts([["Parameters", node.parameters.toLocaleString("en") + (node.trainable !== node.parameters ? ` (${node.trainable.toLocaleString("en")} trainable)` : "")],
       ["FLOPs", `${short(node.flops)} (${(100 * node.flops / all).toFixed(1)} %)`], ["Angle", node.angle === null ? null : `${node.angle.toFixed(1)}°`], ["Local loss", node.loss === null ? null : short(node.loss)],

@@ -14,7 +14,7 @@ function spread(group, { at }, found) {
   const origin = found.get(group);
   for (const node of members.get(group)) {
     const { x, y } = at.get(node.id), inner = sizeOf(node);
-    found.set(node.id, { x: origin.x + x, y: origin.y + y, w: inner.size.w, h: inner.size.h, band: node.band, parent: group });
+    found.set(node.id, { x: origin.x + x, y: origin.y + y, w: inner.size.w, h: inner.size.h, band: node.band, column: node.column, parent: group });
     if (inner.at) spread(node.id, inner, found);
     if (inner.boxes) {
       for (const box of inner.boxes) {

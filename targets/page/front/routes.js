@@ -8,11 +8,14 @@ class Router {
   constructor(boxes) {
     this.boxes = boxes;
     this.bands = new Map(); // `group band` -> {top, bottom}
+    this.columns = new Map(); // `group band column` -> {left, right}
     this.obstacles = [];
     for (const [id, box] of boxes) {
       if (id === "" || id.startsWith("o") && id !== "out") continue;
       const key = `${box.parent} ${box.band}`, band = this.bands.get(key) || { top: Infinity, bottom: -Infinity };
       this.bands.set(key, { top: Math.min(band.top, box.y), bottom: Math.max(band.bottom, box.y + box.h) });
+      const place = `${key} ${box.column}`, column = this.columns.get(place) || { left: Infinity, right: -Infinity };
+      this.columns.set(place, { left: Math.min(column.left, box.x), right: Math.max(column.right, box.x + box.w) });
       if (!(nodes.get(id).kind === "group" && isOpen(id))) this.obstacles.push([id, box]);
     }
   }
@@ -31,6 +34,10 @@ class Router {
   band(id) {
     const box = this.boxes.get(id);
     return this.bands.get(`${box.parent} ${box.band}`);
+  }
+
+  column(box) {
+    return this.columns.get(`${box.parent} ${box.band} ${box.column}`);
   }
 
   free(x1, y1, x2, y2, except) {
@@ -71,10 +78,10 @@ class Router {
 
   leave(id, last, [, y]) {
     const points = [];
-    let box = this.boxes.get(id), x = box.x + box.w + LANE.aside;
+    let box = this.boxes.get(id), x = this.column(box).right + LANE.aside;
     points.push([x, y]);
     for (; id !== last; id = box.parent, box = this.boxes.get(id)) {
-      const group = this.boxes.get(box.parent), right = group.x + group.w + LANE.aside;
+      const right = this.column(this.boxes.get(box.parent)).right + LANE.aside;
       if (!this.free(x, y, right, y, [])) {
         const lane = this.band(id).top - LANE.above;
         points.push([x, lane]);
@@ -88,10 +95,10 @@ class Router {
 
   enter(id, last, [, y]) {
     const points = [];
-    let box = this.boxes.get(id), x = box.x - LANE.aside;
+    let box = this.boxes.get(id), x = this.column(box).left - LANE.aside;
     points.push([x, y]);
     for (; id !== last; id = box.parent, box = this.boxes.get(id)) {
-      const group = this.boxes.get(box.parent), left = group.x - LANE.aside;
+      const left = this.column(this.boxes.get(box.parent)).left - LANE.aside;
       if (!this.free(left, y, x, y, [])) {
         const lane = this.band(id).top - LANE.above;
         points.push([x, lane]);
@@ -120,7 +127,7 @@ class Router {
     while (id !== last) {
       id = box.parent;
       box = this.boxes.get(id);
-      x = box.x + box.w + LANE.aside;
+      x = this.column(box).right + LANE.aside - 3;
       points.push([x, y]);
       y = this.band(id).bottom + offset;
       points.push([x, y]);

@@ -1,5 +1,6 @@
 // Colours of the subgraphs by cost, depth, angle or loss, and the legend. Sequential scales go by lightness in one hue,
-// the angle from blue (descends) to orange (ascends): both are read by every kind of sight.
+// the angle from blue (descends) to orange (ascends): both are read by every kind of sight. A closed group has the
+// colour of its subgraphs' mean, so that it can be compared with them.
 
 const RAMPS = {
   light: { more: ["#f3f7fc", "#c9def3", "#86b6e0", "#3d83c4", "#0f4a8a"], turn: ["#1b62b0", "#8db9e4", "#f4f4f2", "#f3b27a", "#b84a00"] },
@@ -8,8 +9,8 @@ const RAMPS = {
 const DEPTHS = { light: ["#e3e7ec", "#fbd5b5", "#e3c6ee", "#bfe6d8"], dark: ["#333d49", "#6e3c14", "#57306b", "#14553f"] };
 
 const COLOURS = {
-  cost: { name: "cost (FLOPs)", of: (list) => total(list, "flops"), sum: true, ramp: "more", legend: "FLOPs of one forward pass" },
-  parameters: { name: "parameters", of: (list) => total(list, "parameters"), sum: true, ramp: "more", legend: "Parameters" },
+  cost: { name: "cost (FLOPs)", of: (list) => total(list, "flops") / list.length, ramp: "more", legend: "FLOPs of one forward pass" },
+  parameters: { name: "parameters", of: (list) => total(list, "parameters") / list.length, ramp: "more", legend: "Parameters" },
   depth: { name: "recursion depth", of: (list) => Math.max(...list.map(depthOf)), legend: "Recursion depth of the error that arrives" },
   angle: { name: "alignment angle", of: (list) => mean(list, "angle"), ramp: "turn", legend: "Angle between update and gradient", needs: "angle" },
   loss: { name: "local loss", of: (list) => mean(list, "loss"), ramp: "more", legend: "Local loss", needs: "loss" },
