@@ -127,7 +127,9 @@ def _rule(text: str) -> dict[str, Any]:
     """The rule's text, and all of its settings where it is one of graphlocal's own."""
     changed = _changed(text)
     rule = next((rule for rule in RULES.values() if rule.__name__ == text.partition("(")[0]), None)
-    defaults = {f.name: f.default for f in fields(rule)} if rule is not None and is_dataclass(rule) else {}
+    defaults: dict[str, Any] = {}
+    if rule is not None and is_dataclass(rule):
+        defaults = {field.name: field.default for field in fields(rule)}
     settings = [[name, repr(value), name in changed] for name, value in (defaults | changed).items()]
     return {"text": text, "name": rule.name if rule is not None else "", "settings": settings}
 

@@ -46,7 +46,7 @@ def tree(graph: LocalGraph) -> Group:
     root = _grouped("", "root", list(range(len(chains))), chains, 0)
     members = _simplified(root.members, len(chains))
     while len(members) == 1 and isinstance(members[0], Group):
-        members = members[0].members
+        members = list(members[0].members)
     return _in_runs(replace(root, members=tuple(members)))
 
 

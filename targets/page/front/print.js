@@ -2,11 +2,14 @@
 
 const PAPER = { width: 1020, height: 600 };
 
+let themeBeforePrint = null;
+
 function preparePrint() {
-  const before = theme;
-  if (before === "dark") setTheme("light");
-  const whole = drawn.boxes.get(""), scale = Math.min(PAPER.width / whole.w, PAPER.height / whole.h, 1.2);
-  const place = { width: `${whole.w * scale}px`, height: `${whole.h * scale}px` };
+  themeBeforePrint = theme;
+  if (theme === "dark") setTheme("light");
+  const whole = drawn.boxes.get(""), margin = 26; // errors run beside the drawing
+  const scale = Math.min(PAPER.width / (whole.w + margin), PAPER.height / whole.h, 1.2);
+  const place = { width: `${(whole.w + margin) * scale}px`, height: `${whole.h * scale}px` };
   const bounds = cy.elements().boundingBox();
   const image = h("img", { alt: "", src: cy.png({ full: true, scale: 2, maxWidth: 6000, maxHeight: 6000 }), style: {
     left: `${bounds.x1 * scale}px`, top: `${bounds.y1 * scale}px`, width: `${bounds.w * scale}px`, height: `${bounds.h * scale}px` } });
@@ -17,7 +20,10 @@ function preparePrint() {
   }));
   const legend = h("div", { class: "legend" }, ...[...byId("legend").children].map((part) => part.cloneNode(true)));
   byId("printed").replaceChildren(h("div", { class: "figure", style: place }, image, words), legend, subgraphTable());
-  if (before === "dark") setTheme("dark");
+}
+
+function afterPrint() {
+  if (themeBeforePrint === "dark") setTheme("dark");
 }
 
 function subgraphTable() {
@@ -29,5 +35,6 @@ function subgraphTable() {
 
 function listenPrint() {
   addEventListener("beforeprint", preparePrint);
+  addEventListener("afterprint", afterPrint);
   byId("print").addEventListener("click", () => window.print());
 }

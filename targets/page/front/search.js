@@ -49,8 +49,9 @@ function markResult() {
 
 function take(i) {
   const item = results[i];
-  closeSearch();
   if (!item) return;
+  byId("search").value = "";
+  closeSearch();
   item.go();
   markSelected(true);
 }
