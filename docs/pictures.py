@@ -126,7 +126,7 @@ def take(browser: Any, picture: Picture, folder: Path) -> None:
     """Write one picture."""
     file = folder / f"{picture.name}.html"
     file.write_text(page(picture.make().graph), encoding="utf-8")
-    shown = browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light", reduced_motion="reduce")
+    shown = browser.new_page(viewport={"width": 1340, "height": 840}, color_scheme="light", reduced_motion="reduce")
     shown.goto(file.as_uri())
     shown.wait_for_selector("html[data-ready]")
     picture.show(shown)

@@ -400,8 +400,11 @@ def test_follows_light_and_dark_and_can_be_switched(show: Open) -> None:
     dark = opened.evaluate(ground)
     opened.locator("#theme").click()
     assert opened.evaluate(ground) != dark
-    opened.emulate_media(color_scheme="light")
-    opened.emulate_media(color_scheme="dark")
+    assert opened.locator("html").get_attribute("data-theme") == "light"
+    for scheme in ("light", "dark"):
+        opened.emulate_media(color_scheme=scheme)
+        opened.wait_for_function(f"matchMedia('(prefers-color-scheme: {scheme})').matches")
+    opened.wait_for_selector("html[data-theme=dark]")
     assert opened.evaluate(ground) == dark
 
 
