@@ -26,7 +26,7 @@ function visibleNodes(group = "") {
 
 /** One edge for each pair of visible nodes that values go between. */
 function visibleEdges() {
-  return joined(content.edges, (edge) => "", (edge) => edge);
+  return joined(content.edges, () => "");
 }
 
 /** Items `from`, `to`, of one sort and between the same visible nodes, as one: {from, to, sort, items}. */
