@@ -8,6 +8,7 @@ PYTHON ?= python3
 PYTEST_FLAGS ?= -n auto --maxprocesses 8 --dist worksteal
 
 VENV := .venv
+PAGE := targets/page
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 SETUP := pyproject.toml setup.py constraints.txt
@@ -18,13 +19,13 @@ SETUP := pyproject.toml setup.py constraints.txt
 help:
 	@sed -n 's/^# //p' Makefile
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo $(PAGE)/vendor
 	$(BIN)/graphlocal demo
 
-test: lint
+test: lint $(PAGE)/vendor
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-test-fast: $(VENV)/.test
+test-fast: $(VENV)/.test $(PAGE)/vendor
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
 
 zoo: $(VENV)/.zoo
@@ -51,11 +52,11 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-dist: $(VENV)/.test
+dist: $(VENV)/.test $(PAGE)/vendor
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PAGE)/vendor $(PAGE)/node_modules build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Set-up, once: a stamp in .venv is newer than what it was made from.
@@ -81,3 +82,8 @@ $(VENV)/.zoo: $(VENV)/.test
 	$(INSTALL) --quiet transformers
 	$(INSTALL) --quiet --no-deps timm
 	@touch $@
+
+# The libraries that the partition page draws with. Without npm there is no page, and all else works.
+$(PAGE)/vendor: $(PAGE)/package.json $(PAGE)/package-lock.json $(PAGE)/bundle.js
+	@if command -v npm >/dev/null; then cd $(PAGE) && npm ci --ignore-scripts --no-audit --no-fund && npm run bundle; \
+	else echo "npm is missing: graphlocal works without it, but can't write partition pages (install Node.js)"; fi
