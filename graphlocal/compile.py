@@ -7,13 +7,11 @@ from collections.abc import Iterable
 from torch import nn
 
 from graphlocal.arguments import ExampleInputs
-from graphlocal.compiler import Options
+from graphlocal.compiler import TARGETS, Options
 from graphlocal.errors import InputError, nearest
 from graphlocal.passes.policies import Policy
 from graphlocal.rules import Rule, find
 from graphlocal.runtime import LocalModule
-
-TARGETS = ("auto", "eager", "lowered")
 
 
 def compile(

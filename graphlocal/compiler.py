@@ -36,6 +36,8 @@ from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
 from graphlocal.verify import dead_parameters
 
+TARGETS = ("auto", "eager", "lowered")
+
 
 @dataclass(frozen=True)
 class Options:

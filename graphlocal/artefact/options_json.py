@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from graphlocal.artefact.document import Doc
 from graphlocal.artefact.values import decode, encode
-from graphlocal.compiler import Options
+from graphlocal.compiler import TARGETS, Options
 from graphlocal.errors import GraphLocalError, InputError
 from graphlocal.ir import LocalGraph, Operation
 from graphlocal.passes.policies import Policy
@@ -29,6 +29,7 @@ def options_document(options: Options, graph: LocalGraph) -> dict[str, Any]:
         "partition": _partition_document(options.partition, graph),
         "skip_errors": [list(pair) for pair in options.skip_errors],
         "streams": options.streams,
+        "target": options.target,
     }
 
 
@@ -67,7 +68,9 @@ def read_options(doc: Doc, rule: Rule | None, partition: Callable[[Operation], s
 
     Raises FileFormatError, and InputError if a rule that is not graphlocal's own is stored and none is given.
     """
-    stored_rule, stored_partition, skip_errors, streams = doc.fields("rule", "partition", "skip_errors", "streams")
+    stored_rule, stored_partition, skip_errors, streams, target = doc.fields(
+        "rule", "partition", "skip_errors", "streams", "target"
+    )
     pairs = []
     for pair in skip_errors.array():
         ends = [end.text() for end in pair.array(2)]
@@ -75,7 +78,13 @@ def read_options(doc: Doc, rule: Rule | None, partition: Callable[[Operation], s
             raise pair.error("expected a pair of names")
         pairs.append((ends[0], ends[1]))
     policy = _read_partition(stored_partition)
-    return Options(_read_rule(stored_rule, rule), partition or policy, tuple(pairs), streams.number(1, 1024))
+    return Options(
+        _read_rule(stored_rule, rule),
+        partition or policy,
+        tuple(pairs),
+        streams.number(1, 1024),
+        target.one_of(TARGETS),
+    )
 
 
 def _read_partition(doc: Doc) -> Policy:

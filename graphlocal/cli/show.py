@@ -25,6 +25,7 @@ def _file(option: str, what: str) -> typer.models.OptionInfo:
 def show(
     model: Model, input: Inputs = [], set: Settings = [], rule: RuleName = "rec-lra",  # noqa: B006
     partition: PartitionText = "auto", depth: Depth = 1,
+    html: Annotated[Path | None, _file("--html", "a page to explore it, without network,")] = None,
     svg: Annotated[Path | None, _file("--svg", "an SVG (needs Graphviz)")] = None,
     dot: Annotated[Path | None, _file("--dot", "Graphviz's language")] = None,
     mermaid: Annotated[Path | None, _file("--mermaid", "a Mermaid flowchart")] = None,
@@ -37,9 +38,12 @@ def show(
 ) -> None:  # fmt: skip
     """Draw what a model is compiled to: subgraphs, values, error connections. Several files at once are fine.
 
-    Example: graphlocal show torchvision.models:resnet18 --input 8x3x64x64 --svg resnet18.svg
+    Example: graphlocal show torchvision.models:resnet18 --input 8x3x64x64 --html resnet18.html
     """
-    wanted = {".svg": svg, ".dot": dot, ".mmd": mermaid, ".graphml": graphml, ".json": json, ".me.json": model_explorer}
+    wanted = {
+        ".html": html, ".svg": svg, ".dot": dot, ".mmd": mermaid, ".graphml": graphml, ".json": json,
+        ".me.json": model_explorer,
+    }  # fmt: skip
     paths = {format: path for format, path in wanted.items() if path is not None}
     if (operations or errors != "all") and not DRAWINGS.intersection(paths):
         raise InputError(

@@ -17,6 +17,7 @@ from typing import Any
 from graphlocal import files
 from graphlocal.errors import InputError, nearest
 from graphlocal.ir import LocalGraph
+from graphlocal.targets.page import page
 from graphlocal.targets.show.dot import dot, svg
 from graphlocal.targets.show.graphml import graphml
 from graphlocal.targets.show.mermaid import mermaid
@@ -51,7 +52,7 @@ def text(graph: LocalGraph) -> str:
 
 
 WRITERS: dict[str, Callable[..., str]] = {
-    # ".html": page,  <- graphlocal.targets.page.page goes here
+    ".html": page,
     ".svg": svg,
     ".dot": dot,
     ".mmd": mermaid,
