@@ -114,7 +114,10 @@ class _Kernel:
     def step(self, gradients: Gradients) -> None:
         group, states = self.group, self.states or []
         parameters: Any = self.parameters
-        mine: Any = [gradients[i] for i in self.places]
+        mine: Any = [
+            _like(gradients[i], p)  # type: ignore[arg-type]  # `takes` has seen that there is one
+            for i, p in zip(self.places, self.parameters, strict=True)
+        ]
         common: Any = {
             "fused": True, "foreach": False, "lr": group["lr"], "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
@@ -132,3 +135,10 @@ class _Kernel:
                 **common, decoupled_weight_decay=group["decoupled_weight_decay"], amsgrad=group["amsgrad"],
                 beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
             )  # fmt: skip
+
+
+def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the parameter's layout: the fused kernels walk through both in the order of memory."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
