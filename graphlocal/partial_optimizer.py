@@ -59,7 +59,7 @@ class PartialOptimizer:
         self.view.param_groups = [{**group, "params": mine} for group, mine in self.groups if mine]
         before = [p.grad for p in self.parameters]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient if gradient is None else _like(gradient, parameter)
         try:
             self.view.step()
         finally:
@@ -96,7 +96,11 @@ class _Kernel:
         if self.momentum:
             names = ("momentum_buffer",) if self.group["momentum"] else ()
         states = [optimizer.state.get(p, {}) for p in self.parameters]
-        return self.known and all(isinstance(state.get(name), Tensor) for state in states for name in names)
+        return self.known and all(
+            isinstance(state.get(name), Tensor) and (name == "step" or state[name].stride() == p.stride())
+            for p, state in zip(self.parameters, states, strict=True)
+            for name in names
+        )
 
     def takes(self, gradients: Gradients) -> bool:
         group = self.group
@@ -138,7 +142,7 @@ class _Kernel:
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in the parameter's layout: the fused kernels walk through both in the order of memory."""
-    if gradient.stride() == parameter.stride():
+    """The gradient in the parameter's layout, as `loss.backward()` gives it; fused kernels rely on that."""
+    if gradient.layout is not torch.strided or gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)

@@ -372,7 +372,7 @@ def test_a_subgraph_may_begin_with_group_norm_on_channels_last():
     assert local.original[1].weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("make", [partial(optim.SGD, lr=0.1), partial(optim.Adam, lr=0.01)])
+@pytest.mark.parametrize("make", [partial(optim.SGD, lr=0.1, momentum=0.9), partial(optim.Adam, lr=0.01)])
 def test_a_gradient_laid_out_otherwise_than_its_parameter_is_applied_right(make):
     ours, theirs = nn.Parameter(torch.zeros(3, 5)), nn.Parameter(torch.zeros(3, 5))
     optimizer = make([theirs])
