@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import undone_on
 from graphlocal.statistics_lag import StatisticsLag
+from graphlocal.targets import onnx
 
 MANY_RECOMPILATIONS = 8
 
@@ -85,6 +87,11 @@ class LocalModule(nn.Module):
     def training_graph(self) -> fx.GraphModule:
         """The whole training step as one `torch.fx` graph: `training_graph(*inputs, loss)`."""
         return self.compiled.training.module
+
+    def export(self, path: str | Path, kind: str = "model", **options: Any) -> Any:
+        """Write the model for other tools, as it evaluates: `kind` "model" or "split", see `graphlocal.targets.onnx`."""
+        c = self.compiled
+        return onnx.export(c.graph, c.traced, self.original, path, kind, **options)
 
     # Running.
 
