@@ -89,7 +89,7 @@ class LocalModule(nn.Module):
         return self.compiled.training.module
 
     def export(self, path: str | Path, kind: str = "model", **options: Any) -> Any:
-        """Write the model for other tools, as it evaluates: `kind` "model" or "split", see `graphlocal.targets.onnx`."""
+        """Write the model for other tools, as it evaluates; `graphlocal.targets.onnx` has the kinds and options."""
         c = self.compiled
         return onnx.export(c.graph, c.traced, self.original, path, kind, **options)
 

@@ -20,7 +20,7 @@ def export(
     onnx: Annotated[Path | None, typer.Option(help="Write one ONNX file, each subgraph a function in it.")] = None,
     split: Annotated[Path | None, typer.Option(help="Write one ONNX file a subgraph into this folder.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices that --split suggests a placement on.")] = 2,
-    weights: Annotated[Path | None, typer.Option(help="A state_dict for the model, as `train --save` writes it.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A state_dict to load, as train --save writes it.")] = None,
     check: Annotated[bool, typer.Option(help="Compare what was written with the model, in ONNX Runtime.")] = True,
 ) -> None:  # fmt: skip
     """Export a model, as it evaluates, as ONNX with its partition and error graph.

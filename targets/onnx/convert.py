@@ -33,10 +33,12 @@ class Converted:
     """A flat ONNX graph, without weights.
 
     model: its inputs are the model's, then the states; every value that leaves a subgraph passes through a Boundary
-    node with the attribute `value`. states: the tensor of each state, in onnx-ir's form.
+    node with the attribute `value`. inputs: the model's names of its inputs, in that order. states: the tensor of
+    each state, in onnx-ir's form.
     """
 
     model: onnx.ModelProto
+    inputs: tuple[str, ...]
     states: dict[str, Any]
 
 
@@ -61,8 +63,6 @@ def convert(evaluation: Evaluation, graph: LocalGraph, opset: int | None = None)
     except Exception as error:
         raise _blame(evaluation, graph, error) from error
     model = program.model
-    for value, name in zip(model.graph.inputs, evaluation.inputs, strict=True):
-        value.name = name
     states = {name: value.const_value for name, value in model.graph.initializers.items() if name in graph.state}
     _free(model, states)
     with _quiet():
@@ -73,7 +73,7 @@ def convert(evaluation: Evaluation, graph: LocalGraph, opset: int | None = None)
             value.metadata_props.clear()
     proto = onnx_ir.to_proto(model)
     _name_sizes(proto, {name: types[name] for name in evaluation.inputs})
-    return Converted(proto, states)
+    return Converted(proto, evaluation.inputs, states)
 
 
 def _name_sizes(proto: onnx.ModelProto, inputs: dict[str, Input]) -> None:
@@ -137,7 +137,8 @@ def _blame(evaluation: Evaluation, graph: LocalGraph, error: Exception) -> Input
                           remedy="write that part with operations that ONNX has")  # fmt: skip
     op = graph.operation[operation.name]
     return InputError(
-        f"subgraph {graph.owner[op.name]!r} can't be written as ONNX: {op.target} (operation {op.name}) has no ONNX form",
+        f"subgraph {graph.owner[op.name]!r} can't be written as ONNX: its operation {op.name} ({op.target}) has no "
+        "ONNX form",
         where=op.source or op.module,
         why=why,
         remedy="write it with operations that ONNX has",
@@ -180,7 +181,9 @@ def _alone(node: fx.Node, tensors: list[fx.Node], values: dict[fx.Node, Any]) ->
     """One operation as a module."""
     graph = fx.Graph()
     copied: dict[fx.Node, Any] = {n: graph.placeholder(n.name) for n in tensors}
-    args, kwargs = (fx.node.map_arg(part, lambda n: copied.get(n, values[n])) for part in (node.args, dict(node.kwargs)))
+    args, kwargs = (
+        fx.node.map_arg(part, lambda n: copied.get(n, values[n])) for part in (node.args, dict(node.kwargs))
+    )
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     graph.output(graph.call_function(target, args, kwargs))
     return fx.GraphModule(torch.nn.Module(), graph)

@@ -95,8 +95,8 @@ class _Cutter:
         self.inputs = [item.name for item in flat.input if item.name not in self.states]
         taken = {*self.states}
         self.main: dict[str, str] = {}  # flat name of a model input or of a marked value -> main name
-        for given in self.inputs:
-            self.main[given] = _unique(given, taken)
+        for given, name in zip(self.inputs, converted.inputs, strict=True):
+            self.main[given] = _unique(name, taken)
         self.inner: dict[str, str] = {}  # main name of a marked value -> flat name of what is marked
         self.marked: dict[str, str] = {}  # value of the LocalGraph -> main name
         for node in flat.node:
@@ -214,10 +214,13 @@ class _Cutter:
         body += [_renamed(node, names) for node in nodes]
         for output, inner in core.outputs.items():
             if names[inner] != output:
-                body.append(helper.make_node("Identity", [names[inner]], [output]))
+                body.append(_identity(names[inner], output))
         for name, node in core.further.items():
             inner = self.inner.get(self.main.get(node.input[0], ""), node.input[0])
             body.append(_renamed(node, {**names, node.input[0]: names[inner], node.output[0]: name}))
+        called: set[str] = set()
+        for node in body:
+            node.name = _unique(node.name or f"{node.op_type}_{node.output[0]}", called)
         values = [names[name] for name in core.reads if name in self.main]
         declared = [self.marked.get(value, self.main.get(value, value)) for value in core.subgraph.inputs]
         ordered = [*(n for n in declared if n in values), *(n for n in values if n not in declared)]
@@ -229,6 +232,8 @@ class _Cutter:
 
     def _sizes(self, sizes: dict[str, onnx.NodeProto]) -> Piece:
         nodes = [_renamed(node, {**self.main, node.output[0]: name}) for name, node in sizes.items()]
+        for node in nodes:
+            node.name = node.output[0]
         return Piece(SIZES, None, tuple(dict.fromkeys(n.input[0] for n in nodes)), (), tuple(sizes), tuple(nodes))
 
     def _results(self) -> tuple[tuple[str, ...], Piece | None]:
@@ -236,16 +241,19 @@ class _Cutter:
         outputs: list[str] = []
         nodes, body = [], list[onnx.NodeProto]()
         for item in self.proto.graph.output:
-            name = self.main.get(item.name, item.name)
+            flat = item.name
+            while flat in self.producer and self.nodes[self.producer[flat]].op_type == "Identity":
+                flat = self.nodes[self.producer[flat]].input[0]
+            name = self.main.get(flat, flat)
             if name in self.inner and name not in outputs:
                 outputs.append(name)
                 continue
-            if item.name in self.constants:
-                body.append(_constant(self.constants[item.name], _unique(f"{name}_value", self.taken)))
+            if flat in self.constants:
+                body.append(_constant(self.constants[flat], _unique(f"{name}_value", self.taken)))
                 name = body[-1].output[0]
             outputs.append(_unique(f"{name}_output", self.taken))
             self.types[outputs[-1]] = item.type
-            nodes.append(helper.make_node("Identity", [name], [outputs[-1]]))
+            nodes.append(_identity(name, outputs[-1]))
         if not nodes:
             return tuple(outputs), None
         read = dict.fromkeys(node.input[0] for node in nodes if node.input[0] not in {n.output[0] for n in body})
@@ -316,6 +324,10 @@ def _rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
             item.name = names.get(item.name, item.name)
         for inner in graph.node:
             _rename(inner, names)
+
+
+def _identity(source: str, name: str) -> onnx.NodeProto:
+    return helper.make_node("Identity", [source], [name], name=f"Identity_{name}")
 
 
 def _constant(tensor: onnx.TensorProto, name: str) -> onnx.NodeProto:

@@ -18,7 +18,7 @@ mode. The comparison also finds those of the trace's outputs that the model retu
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 

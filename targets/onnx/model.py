@@ -1,4 +1,4 @@
-"""The partitioned model as one ONNX model: functions, the main graph that wires them, and the error graph as metadata."""
+"""The partitioned model as one ONNX model: functions, a main graph that wires them, the error graph as metadata."""
 
 from __future__ import annotations
 

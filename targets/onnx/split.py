@@ -58,7 +58,9 @@ def export_split(
     pieces = cut_into_pieces(converted, graph)
     with workplace(path) as place:
         parts = []
-        for number, (piece, device) in enumerate(zip(pieces.pieces, _placement(pieces, graph, devices), strict=True), 1):
+        for number, (piece, device) in enumerate(
+            zip(pieces.pieces, _placement(pieces, graph, devices), strict=True), 1
+        ):
             file = f"{number:0{len(str(len(pieces.pieces)))}d}_{re.sub(r'[^A-Za-z0-9_.-]', '_', piece.name)}.onnx"
             made = with_states(_part(piece, pieces, graph), converted, (piece,))
             files = save(made, place, file, external_data)
