@@ -44,7 +44,7 @@ class Converted:
 
 def boundary(value: Any, name: str) -> Any:
     """The mark of a value that leaves a subgraph."""
-    attributes = {"value": name}
+    attributes: dict[str, Any] = {"value": name}
     return torch.onnx.ops.symbolic(
         f"{BOUNDARY_DOMAIN}::{BOUNDARY}", (value,), attributes, dtype=value.dtype, shape=value.shape, version=1
     )
@@ -181,9 +181,8 @@ def _alone(node: fx.Node, tensors: list[fx.Node], values: dict[fx.Node, Any]) ->
     """One operation as a module."""
     graph = fx.Graph()
     copied: dict[fx.Node, Any] = {n: graph.placeholder(n.name) for n in tensors}
-    args, kwargs = (
-        fx.node.map_arg(part, lambda n: copied.get(n, values[n])) for part in (node.args, dict(node.kwargs))
-    )
+    args: Any = fx.node.map_arg(node.args, lambda n: copied.get(n, values[n]))
+    kwargs: Any = fx.node.map_arg(dict(node.kwargs), lambda n: copied.get(n, values[n]))
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     graph.output(graph.call_function(target, args, kwargs))
     return fx.GraphModule(torch.nn.Module(), graph)

@@ -121,7 +121,7 @@ class _Cutter:
         for core in cores:
             self._settle(core, cores, sizes)
         pieces = [self._piece(core) for core in cores]
-        outputs, results = self._results()
+        returned, results = self._results()
         if sizes:
             pieces.insert(0, self._sizes(sizes))
         if results is not None:
@@ -129,7 +129,7 @@ class _Cutter:
         used = {core.subgraph.name for core in cores}
         opset = next(item.version for item in self.proto.opset_import if item.domain in ("", "ai.onnx"))
         return Cut(
-            _ordered(pieces), self.types, tuple(self.main[name] for name in self.inputs), outputs,
+            _ordered(pieces), self.types, tuple(self.main[name] for name in self.inputs), returned,
             tuple(s.name for s in self.graph.subgraphs if s.name not in used), opset,
         )  # fmt: skip
 

@@ -126,7 +126,8 @@ def rewritten(traced: TracedModel) -> tuple[fx.GraphModule, tuple[str, ...]]:
 
 def _copy(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, Any], owner: str = "") -> Any:
     """A node in evaluation form, in the graph that is being made; `owner` as in `_made`."""
-    args, kwargs = (fx.node.map_arg(part, copied.__getitem__) for part in (node.args, dict(node.kwargs)))
+    args: Any = fx.node.map_arg(node.args, copied.__getitem__)
+    kwargs: Any = fx.node.map_arg(dict(node.kwargs), copied.__getitem__)
     if node.target is operator.getitem and isinstance(args[0], (tuple, list)):  # of what an inlined body returned
         target: Any = torch.ops.aten.alias.default
         return _made(graph, node, target, (args[0][args[1]],), {})
@@ -154,7 +155,7 @@ def _made(graph: fx.Graph, node: fx.Node, target: Any, args: Any, kwargs: Any, o
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of an operator that differ when the model evaluates."""
-    lowered = {name: False for name in _FLAGS if given.get(name) is True}
+    lowered: dict[str, Any] = {name: False for name in _FLAGS if given.get(name) is True}
     if "running_mean" in given and given["running_mean"] is None:  # statistics of the batch in either mode
         lowered.clear()
     if given.get("dropout_p", 0.0):

@@ -110,7 +110,7 @@ def with_states(model: onnx.ModelProto, converted: Converted, pieces: tuple[Piec
     values = list(result.graph.inputs[count:])
     del result.graph.inputs[count:]
     for value in values:
-        value.const_value = converted.states[value.name]
+        value.const_value = converted.states[str(value.name)]
         result.graph.register_initializer(value)
     return result
 
