@@ -1,5 +1,6 @@
 # make demo    set up .venv and run the main job
-# make test    set up .venv, lint, and run every test
+# make test    set up .venv, lint, and run the tests
+# make test-all   also what is tested on some models by default, on every model (an hour)
 # make zoo     set up .venv with timm and transformers, and measure every model of the zoo (an hour)
 # make zoo-smoke   the same for twenty of them
 # PYTHON names the interpreter that .venv is made with: make test PYTHON=python3.12
@@ -14,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 SETUP := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast zoo zoo-smoke lint types imports format dist clean
+.PHONY: help demo test test-fast test-all zoo zoo-smoke lint types imports format dist clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -26,7 +27,10 @@ test: lint $(PAGE)/vendor
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.test $(PAGE)/vendor
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not exhaustive"
+
+test-all: lint $(PAGE)/vendor
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m ""
 
 zoo: $(VENV)/.zoo
 	$(BIN)/python -m benchmarks.zoo

@@ -71,7 +71,7 @@ def test_the_next_training_steps_and_evaluation_are_bit_equal(name, rule, path):
     assert_trains_on_and_evaluates(name, rule, path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", [zoo.name for zoo in zoo.MODELS.values() if not {"large", "torchvision"} & zoo.tags])
 def test_the_whole_zoo_is_bit_equal(name, rule, path):

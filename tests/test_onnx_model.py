@@ -126,7 +126,7 @@ def test_exported_model_and_its_parts_compute_what_the_evaluated_model_does(mode
     check_zoo_model(model, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "model",
     [model for model in zoo.models() if model.id not in QUICK]

@@ -33,7 +33,7 @@ GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
 FAST = ("gru", "mixture_of_experts", "nested_output", "several_inputs_outputs", "tied_weight", "unet")
-ZOO = [pytest.param(name, id=name, marks=() if name in FAST else pytest.mark.slow) for name in MODELS]
+ZOO = [pytest.param(name, id=name, marks=() if name in FAST else pytest.mark.exhaustive) for name in MODELS]
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz's dot is not installed")
 
 
