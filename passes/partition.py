@@ -10,6 +10,7 @@ The pass, step by step:
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -179,10 +180,21 @@ def _representation(graph: LocalGraph, output: Operation, own: set[str]) -> Repr
         if op.discrete_of in own:
             op = graph.operation[op.discrete_of]
             smooth = op.name
-        elif op.pointwise and op.inputs[0] in own:
+        elif op.pointwise and op.inputs[0] in own and not _written_later(graph, op):
             op = graph.operation[op.inputs[0]]
         else:
             return Representation(output.name, op.name, _feature_axis(graph, output), smooth)
+
+
+_IN_PLACE = re.compile(r"aten\.\w+_\.")
+
+
+def _written_later(graph: LocalGraph, op: Operation) -> bool:
+    """Whether an in-place operation may change the result, which is then no function of the operation's input."""
+    if not op.group:
+        return False
+    after = graph.operations[graph.operations.index(op) + 1 :]
+    return any(other.group == op.group and _IN_PLACE.match(other.target) for other in after)
 
 
 _FEATURES_SECOND = ("conv", "batch_norm", "group_norm", "instance_norm", "_pool")

@@ -34,6 +34,7 @@ from graphlocal.targets.bodies import (
     twin_name,
     twins_read,
 )
+from graphlocal.targets.emit_reread import Rereads
 from graphlocal.targets.training_graph import TrainingGraph, assemble
 from graphlocal.targets.twins import Twin
 from graphlocal.trace import TracedModel
@@ -75,10 +76,12 @@ def emit(
     error_weights: holds the feedback maps, under `weight_names(graph)`. fused: hand each gradient to a further
     argument `apply(names, gradients)` as soon as it is complete, instead of returning them all.
     """
-    return _Emitter(graph, traced, model, rule, error_weights, fused).emit()
+    return Emitter(graph, traced, model, rule, error_weights, fused).emit()
 
 
-class _Emitter:
+class Emitter:
+    """The training graph while it is put together."""
+
     def __init__(self, graph: LocalGraph, traced: TracedModel, model: nn.Module, rule: Rule,
                  error_weights: nn.Module, fused: bool) -> None:  # fmt: skip
         self.graph, self.traced, self.model, self.rule, self.fused = graph, traced, model, rule, fused
@@ -100,6 +103,8 @@ class _Emitter:
         self.weight_names = weight_names(graph)
         self.waiting = Counter(f"error_weights.{names[0]}" for names in self.weight_names.values())  # E's connections
         self.output_error: fx.Node | None = None
+        self.exact: dict[str, fx.Node] = {}  # the exact part of each value's error
+        self.rereads = Rereads(self) if rule.rereads else None
         self.last_user = {
             name: subgraph.name for subgraph in self._update_order() for name in graph.trainable(subgraph)
         }
@@ -154,9 +159,11 @@ class _Emitter:
 
     def _forward(self, subgraph: Subgraph) -> None:
         number = self.graph.number[subgraph.name]
+        if self.rereads:
+            self.rereads.snapshot(subgraph)
         body = subgraph_body(self.traced.module, self.graph, subgraph)
         inputs = [self.seen[value] for value in (*subgraph.inputs, *sizes_read(self.graph, subgraph))]
-        twins = [self._twin(name) for name in twins_read(self.graph, subgraph)]
+        twins = [self.twin(name) for name in twins_read(self.graph, subgraph)]
         result = self.call_module(f"F{number}", body, *inputs, *map(self.attribute, subgraph.states), *twins)
         names = [*(output.value for output in subgraph.outputs), *preactivations(subgraph)]
         for i, name in enumerate(names):
@@ -166,7 +173,7 @@ class _Emitter:
             cut = self.call(boundary, self.attached[output.value], output.value in sent_back, name=output.value)
             self.seen[output.value] = cut
 
-    def _twin(self, parameter: str) -> fx.Node:
+    def twin(self, parameter: str) -> fx.Node:
         """The twin of a parameter, the same for all subgraphs."""
         if parameter not in self.twins:
             name = twin_name(parameter)
@@ -189,17 +196,19 @@ class _Emitter:
         outputs = {output.value: output for output in subgraph.outputs}
         for value in self.graph.neuron[subgraph.name].values:
             incoming = [c for c in self.graph.incoming(subgraph.name) if c.value == value]
-            exact = self._sum([m for c in incoming if c.exact for m in self._message(c)])
-            displacement = self._sum([m for c in incoming if not c.exact for m in self._message(c)])
+            exact = self.sum([m for c in incoming if c.exact for m in self.message(c)])
+            displacement = self.sum([m for c in incoming if not c.exact for m in self.message(c)])
             local = None
             if displacement is not None:
                 local = self._local_error(outputs[value], displacement, incoming, feeds)
             if exact is not None:
+                self.exact[value] = exact
                 feeds.append((self.attached[value], exact))
-            error = self._sum([e for e in (exact, local) if e is not None])
+            error = self.sum([e for e in (exact, local) if e is not None])
             if error is not None:
                 self.errors[value] = error
         self.feeds[subgraph.name] = feeds
+        self._release(subgraph.name)
 
     def _local_error(self, output: Representation, displacement: fx.Node, incoming: list[Connection],
                      feeds: list[tuple[fx.Node, fx.Node]]) -> fx.Node:  # fmt: skip
@@ -207,7 +216,10 @@ class _Emitter:
         phi = tail_function(self.traced.module, self.graph.tail(output), output.preactivation)
         module = LocalError(self.rule, value, phi)
         h, z = self.attached[output.preactivation], self.attached[output.smooth or value]
-        error = self.call_module(f"e_{value}", module, h, z, displacement, self.batch)
+        if self.rule.inner_steps > 1 and self.rereads:
+            error = self.rereads.walk(output, module, displacement, incoming)
+        else:
+            error = self.call_module(f"e_{value}", module, h, z, displacement, self.batch)
         feeds.append((h if self.rule.feeds == "preactivation" else z, error))
         if self.rule.learns_feedback:
             for connection in incoming:
@@ -228,7 +240,7 @@ class _Emitter:
         if not self.waiting[names[0]]:
             self._apply(names)
 
-    def _message(self, connection: Connection) -> list[fx.Node]:
+    def message(self, connection: Connection) -> list[fx.Node]:
         """The messages of one connection; a value that the model returns twice has two errors."""
         if connection.kind == "loss":
             assert self.output_error is not None
@@ -244,7 +256,7 @@ class _Emitter:
         name = f"d_{connection.value}_from_{connection.source_value}"
         return [self.call_module(name, module, error, self.attached[connection.value], *factors)]
 
-    def _sum(self, nodes: list[fx.Node]) -> fx.Node | None:
+    def sum(self, nodes: list[fx.Node]) -> fx.Node | None:
         if len(nodes) < 2:
             return nodes[0] if nodes else None
         return self.call(add_messages, *nodes)
@@ -278,8 +290,19 @@ class _Emitter:
         self._apply([*done, *(name for name in twins if name in self.gradients)])
 
     def _apply(self, names: list[str]) -> None:
+        if self.rereads and names:
+            self.rereads.hold(names)
+            self._release()
+        else:
+            self._hand_over(names)
+
+    def _release(self, displaced: str = "") -> None:
+        for names in self.rereads.release(displaced) if self.rereads else ():
+            self._hand_over(names)
+
+    def _hand_over(self, names: list[str]) -> None:
         if self.fused and names:
-            gradients = [self._sum(self.gradients[name]) for name in names]
+            gradients = [self.sum(self.gradients[name]) for name in names]
             self.call(apply_updates, self.apply, tuple(names), *gradients)
 
     def _finish(self) -> TrainingGraph:
@@ -287,11 +310,11 @@ class _Emitter:
         feedback = tuple(name for name in self.gradients if name.startswith("error_weights."))
         returned: Any = self.outputs
         if not self.fused:
-            inputs = [self._sum(self.input_gradients.get(item.name, [])) for item in self.graph.inputs]
+            inputs = [self.sum(self.input_gradients.get(item.name, [])) for item in self.graph.inputs]
             returned = (
                 self.outputs,
-                tuple(self._sum(self.gradients[name]) for name in weights),
-                tuple(self._sum(self.gradients[name]) for name in feedback),
+                tuple(self.sum(self.gradients[name]) for name in weights),
+                tuple(self.sum(self.gradients[name]) for name in feedback),
                 tuple(inputs),
             )
         self.fx.output(returned)

@@ -61,6 +61,16 @@ class Rule(ABC):
     def learns_feedback(self) -> bool:
         return False
 
+    @property
+    def inner_steps(self) -> int:
+        """How often a target is moved; above 1 (`AligningRule` only) its readers are evaluated again in between."""
+        return 1
+
+    @property
+    def rereads(self) -> bool:
+        """Whether the error of a representation takes evaluating its readers again."""
+        return self.inner_steps > 1
+
     @abstractmethod
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         """The connections of the error graph, given subgraphs and error neurons."""

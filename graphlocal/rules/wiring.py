@@ -52,6 +52,16 @@ def feedback_along_data(
     return (*exact, *_bounded(graph, drawn, share, total))
 
 
+def derivatives_along_data(graph: LocalGraph) -> tuple[Connection, ...]:
+    """The loss's gradient at the outputs, and below them derivatives to make targets of, against every data edge.
+
+    Values that depend on no input of the model are no representations of a sample: they get their exact derivatives.
+    """
+    exact = [*loss_connections(graph), *_from_readers(graph)]
+    known = {connection.name for connection in exact}
+    return (*exact, *(c for c in reversed_data_edges(graph, exact=False) if c.name not in known))
+
+
 def _wired(graph: LocalGraph, exact: list[Connection]) -> set[tuple[str, str]]:
     """The (subgraph, value) pairs that need no feedback: they have their error already, or learn nothing."""
     learning = learning_values(graph)
