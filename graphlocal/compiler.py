@@ -30,6 +30,7 @@ from graphlocal.rules import Rule
 from graphlocal.targets.bodies import twin_name
 from graphlocal.targets.eager import emit
 from graphlocal.targets.flat import flatten
+from graphlocal.targets.halting import CreditDepth
 from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
 from graphlocal.verify import dead_parameters
@@ -49,7 +50,8 @@ class Options:
 class Compiled:
     """A model compiled for one kind of call.
 
-    records: what each pass did. error_weights: holds the feedback maps E, and outlives this object.
+    records: what each pass did. error_weights: holds the feedback maps E, and outlives this object. depth: how far the
+    errors of the last step went, if the rule lets samples stop.
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class Compiled:
     records: tuple[PassRecord, ...]
     training: TrainingGraph
     error_weights: nn.Module
+    depth: CreditDepth
 
     @cached_property
     def passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -68,7 +71,7 @@ class Compiled:
     @cached_property
     def fused_passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The same, handing every gradient over as soon as it is complete."""
-        fused = emit(self.graph, self.traced, self.model, self.options.rule, self.error_weights, fused=True)
+        fused = emit(self.graph, self.traced, self.model, self.options.rule, self.error_weights, True, self.depth)
         return split(fused)
 
     @cached_property
@@ -154,8 +157,9 @@ def build(
     _warn_of_dead_parameters(graph)
     graph, records = run(graph, passes(options))
     _add_feedback(graph, options.rule, model, error_weights)
-    training = emit(graph, traced, model, options.rule, error_weights)
-    return Compiled(model, options, traced, graph, records, training, error_weights)
+    depth = CreditDepth()
+    training = emit(graph, traced, model, options.rule, error_weights, depth=depth)
+    return Compiled(model, options, traced, graph, records, training, error_weights, depth)
 
 
 def passes(options: Options) -> tuple[Any, ...]:

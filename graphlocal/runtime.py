@@ -86,6 +86,18 @@ class LocalModule(nn.Module):
         """The whole training step as one `torch.fx` graph: `training_graph(*inputs, loss)`."""
         return self.compiled.training.module
 
+    @property
+    def credit_depth(self) -> float:
+        """Of how many subgraphs the mean sample's error reached the error neuron in the last step.
+
+        Raises InputError for a rule that lets no sample stop.
+        """
+        if self.options.rule.halting is None:
+            raise InputError(
+                f"the rule {self.options.rule} lets errors go all the way", remedy="give epsilon to an LRA rule"
+            )
+        return self.compiled.depth.mean
+
     # Running.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from graphlocal.ir import Connection, Representation, Subgraph
 from graphlocal.rules import AligningRule
 from graphlocal.targets.bodies import LocalError, preactivations, sizes_read, tail_function, twins_read
+from graphlocal.targets.emitter import Emitter
 from graphlocal.targets.reread import (
     Body,
     End,
@@ -21,8 +21,23 @@ from graphlocal.targets.reread import (
     written_states,
 )
 
-if TYPE_CHECKING:
-    from graphlocal.targets.eager import Emitter
+
+def body_of(emitter: Emitter, subgraph: Subgraph) -> Body:
+    """A subgraph that has run, to be evaluated again."""
+    graph = emitter.graph
+    module = emitter.modules[f"F{graph.number[subgraph.name]}"]
+    assert isinstance(module, fx.GraphModule)
+    before = len(subgraph.inputs) + len(sizes_read(graph, subgraph))
+    written = written_states(graph, subgraph)
+    return Body(module, tuple(before + subgraph.states.index(name) for name in written))
+
+
+def arguments_of(emitter: Emitter, subgraph: Subgraph) -> tuple[fx.Node, ...]:
+    """What the body was called with in the forward pass."""
+    graph = emitter.graph
+    values = (emitter.seen[value] for value in (*subgraph.inputs, *sizes_read(graph, subgraph)))
+    twins = (emitter.twin(name) for name in twins_read(graph, subgraph))
+    return (*values, *map(emitter.attribute, subgraph.states), *twins)
 
 
 class Rereads:
@@ -52,21 +67,6 @@ class Rereads:
         graph = self.emitter.graph
         sent = (c for c in graph.connections if c.kind != "loss" and not c.exact and c.source == subgraph.name)
         return {c.target for c in sent}
-
-    def body(self, subgraph: Subgraph) -> Body:
-        graph = self.emitter.graph
-        module = self.emitter.modules[f"F{graph.number[subgraph.name]}"]
-        assert isinstance(module, fx.GraphModule)
-        before = len(subgraph.inputs) + len(sizes_read(graph, subgraph))
-        written = written_states(graph, subgraph)
-        return Body(module, tuple(before + subgraph.states.index(name) for name in written))
-
-    def arguments(self, subgraph: Subgraph) -> tuple[fx.Node, ...]:
-        """What the body is called with, as it was in the forward pass."""
-        emitter, graph = self.emitter, self.emitter.graph
-        values = (emitter.seen[value] for value in (*subgraph.inputs, *sizes_read(graph, subgraph)))
-        twins = (emitter.twin(name) for name in twins_read(graph, subgraph))
-        return (*values, *map(emitter.attribute, subgraph.states), *twins)
 
     def walk(self, output: Representation, error: LocalError, displacement: fx.Node, incoming: list[Connection]
              ) -> fx.Node:  # fmt: skip
@@ -110,8 +110,8 @@ class Rereads:
                 ends.append(End(output.value, names.index(output.value), smooth, h, phi))
                 exact, target = emitter.exact.get(output.value), self.targets.get(output.value)
                 values.append((emitter.seen[output.value], exact, target))
-        reader = Reader(self.body(subgraph), subgraph.inputs.index(value), tuple(ends))
-        return reader, (self.snapshots.get(subgraph.name), self.arguments(subgraph), tuple(values))
+        reader = Reader(body_of(emitter, subgraph), subgraph.inputs.index(value), tuple(ends))
+        return reader, (self.snapshots.get(subgraph.name), arguments_of(emitter, subgraph), tuple(values))
 
     # Parameters that an optimizer may change only when nothing reads them any more.
 

@@ -38,6 +38,11 @@ class AligningRule(Rule):
 
     local_loss: str
     c1: float | None
+    epsilon: float | None
+
+    @property
+    def halting(self) -> float | None:
+        return self.epsilon
 
     @abstractmethod
     def move(self, neuron: Neuron, displacement: Tensor) -> Tensor:
@@ -52,7 +57,8 @@ class AligningRule(Rule):
 
     def losses(self, neuron: Neuron, target: Tensor) -> Tensor:
         """The local loss of each sample, summed over its entries."""
-        return LOCAL_LOSSES[self.local_loss].value(neuron.z - target).flatten(1).sum(1)
+        value = LOCAL_LOSSES[self.local_loss].value(neuron.z - target)
+        return value.reshape(len(value), -1).sum(1)
 
     def project(self, update: Tensor) -> Tensor:
         if self.c1 is None:

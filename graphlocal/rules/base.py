@@ -67,6 +67,11 @@ class Rule(ABC):
         return 1
 
     @property
+    def halting(self) -> float | None:
+        """The local loss below which a sample sends no error further down (`AligningRule` only); None: never."""
+        return None
+
+    @property
     def rereads(self) -> bool:
         """Whether the error of a representation takes evaluating its readers again."""
         return self.inner_steps > 1

@@ -3,7 +3,16 @@
 Of both, with the pre-activation h, the representation z = phi(h), a displacement d and the local loss in u = z - y
 (log(1 + u^2), u^2 / 2 or |u|): target y = phi(h - beta Normalize(d, c2)), per sample; error at h
 delta = loss'(z - y) * phi'(h); update Normalize(delta z_in^T, c1). Normalize(v, c) = c v / ||v|| where ||v|| is at
-least c. Source: Ororbia, Mali, Kifer, Giles, "Conducting credit assignment by aligning local representations", 2018.
+least c.
+
+Variable depth: with `epsilon`, a sample whose local loss at a subgraph (summed over its representations; at the output
+||e||^2 / 2, with its error e) is below epsilon sends no error further down, and `local.credit_depth` tells how far
+errors went. What lies below is computed for the other samples alone, on the rows of axis 0. Samples stay together
+where that can't be: a subgraph that draws random numbers, writes states (batch normalization), or holds values whose
+axis 0 is not the batch gets zeros for the samples that stopped; a representation whose axis 0 is not the batch stops
+no sample.
+
+Source: Ororbia, Mali, Kifer, Giles, "Conducting credit assignment by aligning local representations", 2018.
 """
 
 from __future__ import annotations
@@ -15,6 +24,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from graphlocal.errors import InputError
 from graphlocal.ir import Connection, LocalGraph
 from graphlocal.rules.aligning import (
     AligningRule,
@@ -34,7 +44,7 @@ class LRAFeedback(AligningRule):
 
     local_loss: `"cauchy"`, `"l2"` or `"l1"`. beta: modulation factor. sigma: standard deviation of E; None is
     1 / sqrt(source features). c1, c2: bounds on the norms of each update and of each sample's displacement, None
-    for none. feedback_share, feedback_total, max_source_features: as in RecLRA.
+    for none. epsilon: see the module. feedback_share, feedback_total, max_source_features: as in RecLRA.
 
     Raises InputError for options out of range.
     """
@@ -48,11 +58,12 @@ class LRAFeedback(AligningRule):
     feedback_share: float = 0.25
     feedback_total: float = 1.0
     max_source_features: int = 1024
+    epsilon: float | None = None
 
     def __post_init__(self) -> None:
         require_local_loss(self)
-        options = ("beta", "sigma", "c1", "c2", "feedback_share", "feedback_total")
-        require_positive(self, options, optional=("sigma", "c1", "c2"))
+        options = ("beta", "sigma", "c1", "c2", "feedback_share", "feedback_total", "epsilon")
+        require_positive(self, options, optional=("sigma", "c1", "c2", "epsilon"))
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         return feedback_along_data(graph, self.max_source_features, self.feedback_share, self.feedback_total)
@@ -91,11 +102,16 @@ class LRADiff(AligningRule):
     beta: float = 1.0
     c1: float | None = 1.0
     c2: float | None = 1.0
+    epsilon: float | None = None
 
     def __post_init__(self) -> None:
         require_local_loss(self)
         require_counts(self, ("steps",))
-        require_positive(self, ("beta", "c1", "c2"), optional=("c1", "c2"))
+        require_positive(self, ("beta", "c1", "c2", "epsilon"), optional=("c1", "c2", "epsilon"))
+        if self.epsilon is not None and self.steps > 1:
+            raise InputError(
+                "LRADiff(epsilon, steps above 1)", why="variable depth is there for one step of the target"
+            )
 
     @property
     def inner_steps(self) -> int:
