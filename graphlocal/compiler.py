@@ -31,6 +31,7 @@ from graphlocal.targets.bodies import twin_name
 from graphlocal.targets.eager import emit
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.halting import CreditDepth
+from graphlocal.targets.heads import head_name
 from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
 from graphlocal.verify import dead_parameters
@@ -213,12 +214,24 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
                 continue
             value = value.to(example.device, example.dtype)
             _register(error_weights, name, value, rule)
+    _add_heads(graph, rule, example, error_weights)
     tensors = dict(model.named_parameters())
     for i, parameter in enumerate(graph.twins):
         generator = torch.Generator().manual_seed((torch.initial_seed() + 104729 * (i + 1)) % 2**63)
         twin = rule.initial_twin(tensors[parameter], generator)
         if twin is not None and not hasattr(error_weights, twin_name(parameter)):
             _register(error_weights, twin_name(parameter), twin, rule)
+
+
+def _add_heads(graph: LocalGraph, rule: Rule, example: torch.Tensor, error_weights: nn.Module) -> None:
+    """Draw the parameters of each new local head."""
+    for i, connection in enumerate(c for c in graph.connections if c.kind == "head"):
+        generator = torch.Generator().manual_seed((torch.initial_seed() + 15485863 * (i + 1)) % 2**63)
+        for name, value in rule.initial_head(graph, connection.value, generator).items():
+            known = getattr(error_weights, head_name(connection.value, name), None)
+            if known is None or known.shape != value.shape:
+                parameter = nn.Parameter(value.to(example.device, example.dtype))
+                error_weights.register_parameter(head_name(connection.value, name), parameter)
 
 
 def _register(error_weights: nn.Module, name: str, value: torch.Tensor, rule: Rule) -> None:

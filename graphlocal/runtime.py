@@ -31,12 +31,14 @@ class LocalModule(nn.Module):
     In evaluation mode, or without gradients, it *is* the original model.
 
     original: the user's model, trained in place. error_weights: the feedback maps E. check_finite: raise
-    LocalTrainingError, naming the subgraph, when an update is not a number.
+    LocalTrainingError, naming the subgraph, when an update is not a number. labels: those of the next backward pass,
+    if the rule has local heads; used once.
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, options: Options) -> None:
         super().__init__()
         self.check_finite = True
+        self.labels: Any = None
         self.options = options
         binder = Binder(model)
         arguments = binder.example(example_inputs)
@@ -229,6 +231,7 @@ class LocalStep:
     def __init__(self, local: LocalModule, compiled: Compiled, leaves: list[Any], saved: list[Any]) -> None:
         self.local, self.compiled = local, compiled
         self.saved: list[Any] | None = saved
+        self.labels: tuple[Any] | None = None
         self.inputs = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         self.taken = compiled.taken if self.inputs else compiled.differentiable
         if self.inputs:
@@ -256,7 +259,9 @@ class LocalStep:
             )
         given = iter(errors)
         aligned = tuple(next(given) if taken else None for taken in self.taken)
-        weights, feedback, inputs = self.compiled.run_passes[1](self.saved, aligned, retain)
+        if self.local.options.rule.needs_labels and self.labels is None:
+            self.labels, self.local.labels = (self.local.labels,), None
+        weights, feedback, inputs = self.compiled.run_passes[1](self.saved, aligned, retain, *(self.labels or ()))
         if not retain:
             self.saved = None
         if self.local.check_finite:

@@ -84,7 +84,8 @@ class TrainStep:
             self._apply(compiled, names, gradients)
 
         with torch.no_grad():
-            compiled.run_fused_passes[1](saved, errors, apply, False)
+            labels = (y,) if self.local.options.rule.needs_labels else ()
+            compiled.run_fused_passes[1](saved, errors, apply, False, *labels)
             if waiting:
                 flush()
             require_finite(compiled, errors, norms)

@@ -19,7 +19,7 @@ from itertools import chain, count
 import networkx as nx
 
 from graphlocal.errors import PartitionError
-from graphlocal.ir import OUTPUT, LocalGraph, Operation, Representation, Subgraph
+from graphlocal.ir import LABELS, OUTPUT, LocalGraph, Operation, Representation, Subgraph
 from graphlocal.passes.boxes import PRELUDE, TAIL, Labels, complete, is_parametric
 from graphlocal.passes.module_boxes import module_boxes
 from graphlocal.passes.policies import Policy, labels
@@ -144,9 +144,9 @@ def _subgraphs(graph: LocalGraph, paths: dict[str, tuple[str, ...]]) -> tuple[Su
 
 
 def _unique_names(graph: LocalGraph, members: dict[tuple[str, ...], list[Operation]]) -> dict[tuple[str, ...], str]:
-    """The box's own name; `box:operation` where a region has that name already, or the error graph's `output`."""
+    """The box's own name; `box:operation` where a region has that name already, or a source of the error graph."""
     names: dict[tuple[str, ...], str] = {}
-    taken: set[str] = {OUTPUT, *(box for path in members for box in path[:-1])}
+    taken: set[str] = {OUTPUT, LABELS, *(box for path in members for box in path[:-1])}
     for path, inside in members.items():
         main = next((op for op in inside if is_parametric(graph, op)), inside[0])
         numbered = (f"{path[-1]}#{i}" for i in count(2))

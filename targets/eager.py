@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from graphlocal.feedback import layout
 from graphlocal.ir import Connection, LocalGraph, Representation, Subgraph
-from graphlocal.rules import Rule
+from graphlocal.rules import Head, Rule
 from graphlocal.targets.bodies import (
     FeedbackUpdate,
     LocalError,
@@ -35,6 +35,7 @@ from graphlocal.targets.emit_halting import Halting
 from graphlocal.targets.emit_reread import Rereads
 from graphlocal.targets.emitter import Emitter
 from graphlocal.targets.halting import CreditDepth, whole
+from graphlocal.targets.heads import LocalHead, head_name
 from graphlocal.targets.training_graph import TrainingGraph, assemble
 from graphlocal.trace import TracedModel
 
@@ -102,6 +103,8 @@ class _Training(Emitter):
         self.loss = self.fx.placeholder("loss")
         self.apply = self.fx.placeholder("apply") if self.fused else None
         self.retain = self.fx.placeholder("retain", default_value=False)
+        if self.rule.needs_labels:
+            self.labels = self.fx.placeholder("labels", default_value=None)
         self._sizes()
         actions = [(a.kind, self.graph.subgraphs[a.subgraph - 1]) for a in self.graph.schedule]
         for kind, subgraph in actions:
@@ -147,6 +150,24 @@ class _Training(Emitter):
 
     def _returned(self, value: str) -> fx.Node:
         return self.seen[value] if value in self.seen else self.get(self.constant_names.get(value, value))
+
+    def message(self, connection: Connection) -> list[fx.Node]:
+        return [self._head(connection)] if connection.kind == "head" else super().message(connection)
+
+    def _head(self, connection: Connection) -> fx.Node:
+        """The error from a local head, whose parameters learn at once."""
+        value, prefix = connection.value, "error_weights."
+        axis = self.graph.representation[value].axis
+        head = Head(value, axis, self.rule.head_outputs(self.graph))
+        kept = self.roots["error_weights"]._parameters
+        names = [name for name in kept if name.endswith(head_name(value, ""))]
+        module = LocalHead(self.rule, head, [name.removesuffix(head_name(value, "")) for name in names])
+        parameters = [self.get(prefix + name) for name in names]
+        result = self.call_module(f"head_{value}", module, self.attached[value], self.labels, *parameters)
+        for i, name in enumerate(names):
+            self.gradients[prefix + name] = [self.call(operator.getitem, result, i + 1)]
+        self._apply([prefix + name for name in names])
+        return self.call(operator.getitem, result, 0)
 
     def feedback(self, connection: Connection, error: fx.Node, factors: list[fx.Node]) -> fx.Node:
         if self.halting:

@@ -6,7 +6,8 @@ from graphlocal.errors import InputError, nearest
 from graphlocal.rules.aligning import AligningRule
 from graphlocal.rules.alignment import DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetric
 from graphlocal.rules.backprop import Backprop
-from graphlocal.rules.base import Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.base import Head, Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.local_loss import LocalLoss
 from graphlocal.rules.lra import LRADiff, LRAFeedback
 from graphlocal.rules.rec_lra import RecLRA
 from graphlocal.rules.wiring import feedback_along_data, feedback_connection, skip_errors_from_output
@@ -22,6 +23,7 @@ RULES: dict[str, type[Rule]] = {
         DirectFeedbackAlignment,
         KolenPollack,
         SignSymmetric,
+        LocalLoss,
     )
 }
 
@@ -49,9 +51,11 @@ __all__ = [
     "Backprop",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
+    "Head",
     "KolenPollack",
     "LRADiff",
     "LRAFeedback",
+    "LocalLoss",
     "Neuron",
     "RecLRA",
     "Rule",

@@ -16,7 +16,7 @@ from graphlocal.rules.base import Neuron, Rule
 
 
 @dataclass(frozen=True)
-class LocalLoss:
+class EntryLoss:
     """A loss in u = z - y, entry by entry, and its derivative in u."""
 
     value: Callable[[Tensor], Tensor]
@@ -24,9 +24,9 @@ class LocalLoss:
 
 
 LOCAL_LOSSES = {
-    "cauchy": LocalLoss(lambda u: torch.log1p(u**2), lambda u: 2 * u / (1 + u**2)),
-    "l2": LocalLoss(lambda u: u**2 / 2, lambda u: u),
-    "l1": LocalLoss(torch.abs, torch.sign),
+    "cauchy": EntryLoss(lambda u: torch.log1p(u**2), lambda u: 2 * u / (1 + u**2)),
+    "l2": EntryLoss(lambda u: u**2 / 2, lambda u: u),
+    "l1": EntryLoss(torch.abs, torch.sign),
 }
 
 

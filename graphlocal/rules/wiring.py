@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import networkx as nx
 
 from graphlocal.errors import InputError
 from graphlocal.feedback import shared_map
-from graphlocal.ir import Connection, LocalGraph, Subgraph
+from graphlocal.ir import LABELS, Connection, LocalGraph, Subgraph
 from graphlocal.rules.base import features, loss_connections, reversed_data_edges, vjp_connections
 from graphlocal.verify import learning_values
 
@@ -60,6 +61,20 @@ def derivatives_along_data(graph: LocalGraph) -> tuple[Connection, ...]:
     exact = [*loss_connections(graph), *_from_readers(graph)]
     known = {connection.name for connection in exact}
     return (*exact, *(c for c in reversed_data_edges(graph, exact=False) if c.name not in known))
+
+
+def local_heads(graph: LocalGraph) -> tuple[Connection, ...]:
+    """The loss's exact paths down to the last subgraphs with parameters, and a head on what each other one gives."""
+    exact, _ = _exact_paths(graph, sys.maxsize)
+    wired = _wired(graph, exact)
+    drawn = [
+        Connection(LABELS, neuron.subgraph, value, "head", exact=True)
+        for neuron in graph.error_neurons
+        if graph.trainable(graph.subgraph[neuron.subgraph])
+        for value in neuron.values
+        if (neuron.subgraph, value) not in wired
+    ]
+    return (*exact, *drawn)
 
 
 def _wired(graph: LocalGraph, exact: list[Connection]) -> set[tuple[str, str]]:
