@@ -28,6 +28,7 @@ from graphlocal.passes.skip_errors import InsertSkipErrors
 from graphlocal.pipeline import PassRecord, run
 from graphlocal.rules import Rule
 from graphlocal.targets.bodies import twin_name
+from graphlocal.targets.decoders import bias_name
 from graphlocal.targets.eager import emit
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.halting import CreditDepth
@@ -214,6 +215,10 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
                 continue
             value = value.to(example.device, example.dtype)
             _register(error_weights, name, value, rule)
+        bias = bias_name(names[connection.name][0])
+        if rule.decodes and not hasattr(error_weights, bias):
+            zeros = torch.zeros(connection.weight[0], device=example.device, dtype=example.dtype)
+            _register(error_weights, bias, zeros, rule)
     _add_heads(graph, rule, example, error_weights)
     tensors = dict(model.named_parameters())
     for i, parameter in enumerate(graph.twins):

@@ -31,6 +31,7 @@ from graphlocal.targets.bodies import (
     twin_name,
     twins_read,
 )
+from graphlocal.targets.decoders import bias_name
 from graphlocal.targets.emit_halting import Halting
 from graphlocal.targets.emit_reread import Rereads
 from graphlocal.targets.emitter import Emitter
@@ -104,7 +105,7 @@ class _Training(Emitter):
         self.apply = self.fx.placeholder("apply") if self.fused else None
         self.retain = self.fx.placeholder("retain", default_value=False)
         if self.rule.needs_labels:
-            self.labels = self.fx.placeholder("labels", default_value=None)
+            self.labels = self.fx.placeholder("labels_of_heads", default_value=None)
         self._sizes()
         actions = [(a.kind, self.graph.subgraphs[a.subgraph - 1]) for a in self.graph.schedule]
         for kind, subgraph in actions:
@@ -172,6 +173,8 @@ class _Training(Emitter):
     def feedback(self, connection: Connection, error: fx.Node, factors: list[fx.Node]) -> fx.Node:
         if self.halting:
             return self.halting.feedback(connection, error, factors)
+        if self.rule.decodes and self.rereads:
+            return self.rereads.decoded(connection, error, factors)
         return super().feedback(connection, error, factors)
 
     def _displace(self, subgraph: Subgraph) -> None:
@@ -217,10 +220,14 @@ class _Training(Emitter):
     def _learn_feedback(self, connection: Connection, error: LocalError, h: fx.Node, z: fx.Node,
                         displacement: fx.Node) -> None:  # fmt: skip
         names = [f"error_weights.{name}" for name in self.weight_names[connection.name]]
-        update = FeedbackUpdate(error, layout(self.graph, connection))
-        source = self.errors.get(connection.source_value)
-        node = self.call_module(f"{connection.value}_from_{connection.source_value}_update", update,
-                                h, z, displacement, source, self.batch, *map(self.get, names))  # fmt: skip
+        if self.rule.decodes and self.rereads:
+            names.append(bias_name(names[0]))
+            node = self.rereads.decoder_update(connection, [self.get(name) for name in names])
+        else:
+            update = FeedbackUpdate(error, layout(self.graph, connection))
+            source = self.errors.get(connection.source_value)
+            node = self.call_module(f"{connection.value}_from_{connection.source_value}_update", update,
+                                    h, z, displacement, source, self.batch, *map(self.get, names))  # fmt: skip
         for i, name in enumerate(names):
             self.gradients.setdefault(name, []).append(self.call(operator.getitem, node, i))
         self.waiting[names[0]] -= 1

@@ -6,9 +6,11 @@ import operator
 
 from torch import fx
 
+from graphlocal.feedback import layout
 from graphlocal.ir import Connection, Representation, Subgraph
 from graphlocal.rules import AligningRule
 from graphlocal.targets.bodies import LocalError, preactivations, sizes_read, tail_function, twins_read
+from graphlocal.targets.decoders import Decoded, Decoder, DecoderUpdate, bias_name
 from graphlocal.targets.emitter import Emitter
 from graphlocal.targets.reread import (
     Body,
@@ -112,6 +114,40 @@ class Rereads:
                 values.append((emitter.seen[output.value], exact, target))
         reader = Reader(body_of(emitter, subgraph), subgraph.inputs.index(value), tuple(ends))
         return reader, (self.snapshots.get(subgraph.name), arguments_of(emitter, subgraph), tuple(values))
+
+    # Decoders.
+
+    def _decoder(self, connection: Connection) -> Decoder:
+        graph, output = self.emitter.graph, self.emitter.graph.representation[connection.value]
+        phi = tail_function(self.emitter.traced.module, graph.tail(output), output.preactivation)
+        return Decoder(layout(graph, connection), phi)
+
+    def _smooth(self, value: str) -> fx.Node:
+        """A representation, before a discrete unit if it has one."""
+        return self.emitter.attached[self.emitter.graph.representation[value].smooth or value]
+
+    def decoded(self, connection: Connection, error: fx.Node, factors: list[fx.Node]) -> fx.Node:
+        """The message through a decoder."""
+        emitter, source = self.emitter, connection.source_value
+        bias = emitter.get(f"error_weights.{bias_name(emitter.weight_names[connection.name][0])}")
+        module = Decoded(self._decoder(connection), emitter.rule.eta)  # type: ignore[attr-defined]
+        return emitter.call_module(
+            f"d_{connection.value}_from_{source}", module, error, self._smooth(source), self._smooth(connection.value),
+            emitter.batch, *factors, bias,
+        )  # fmt: skip
+
+    def decoder_update(self, connection: Connection, parameters: list[fx.Node]) -> fx.Node:
+        emitter, graph = self.emitter, self.emitter.graph
+        reader, source = graph.subgraph[connection.source], graph.representation[connection.source_value]
+        names = [*(output.value for output in reader.outputs), *preactivations(reader)]
+        place = reader.inputs.index(connection.value), names.index(source.smooth or source.value)
+        noise = emitter.rule.noise  # type: ignore[attr-defined]
+        module = DecoderUpdate(self._decoder(connection), body_of(emitter, reader), *place, noise)
+        return emitter.call_module(
+            f"{connection.value}_from_{connection.source_value}_update", module, self.snapshots.get(reader.name),
+            arguments_of(emitter, reader), self._smooth(connection.value), emitter.seen[connection.value],
+            emitter.batch, *parameters,
+        )  # fmt: skip
 
     # Parameters that an optimizer may change only when nothing reads them any more.
 

@@ -7,6 +7,7 @@ from graphlocal.rules.aligning import AligningRule
 from graphlocal.rules.alignment import DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetric
 from graphlocal.rules.backprop import Backprop
 from graphlocal.rules.base import Head, Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.dtp import DifferenceTargetPropagation
 from graphlocal.rules.local_loss import LocalLoss
 from graphlocal.rules.lra import LRADiff, LRAFeedback
 from graphlocal.rules.rec_lra import RecLRA
@@ -24,6 +25,7 @@ RULES: dict[str, type[Rule]] = {
         KolenPollack,
         SignSymmetric,
         LocalLoss,
+        DifferenceTargetPropagation,
     )
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "RULES",
     "AligningRule",
     "Backprop",
+    "DifferenceTargetPropagation",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
     "Head",

@@ -49,7 +49,8 @@ class Rule(ABC):
     (no derivative of phi) or at the `"representation"` z. depth: levels of the partition tree that the rule
     works on. feedback: whether its connections may carry feedback maps E. learns_feedback: whether those are
     trained. passes_discrete: whether errors pass by discrete and stochastic units, which have no derivative.
-    needs_labels: whether its connections of kind `head` take the labels.
+    needs_labels: whether its connections of kind `head` take the labels. decodes: whether its feedback maps are
+    decoders of representations, with a bias, and not maps of errors (`DecodingRule`).
     """
 
     name: ClassVar[str]
@@ -57,6 +58,7 @@ class Rule(ABC):
     feedback: ClassVar[bool] = True
     passes_discrete: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
 
     def __str__(self) -> str:
         """The rule's class with the options that differ from its defaults."""

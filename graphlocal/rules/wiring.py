@@ -40,8 +40,12 @@ def feedback_along_data(
     The bounds are those of `skip_errors_from_output`.
     """
     exact, _ = _exact_paths(graph, max_source_features)
-    wired = _wired(graph, exact)
-    drawn = [
+    return (*exact, *_bounded(graph, _against_data(graph, _wired(graph, exact)), share, total))
+
+
+def _against_data(graph: LocalGraph, wired: set[tuple[str, str]]) -> list[Connection]:
+    """A feedback map from each representation of a reader to what it read, but for what is wired already."""
+    return [
         feedback_connection(graph, reader.name, source_value, neuron.subgraph, value, depth=1)
         for neuron in graph.error_neurons
         for value in neuron.values
@@ -50,7 +54,23 @@ def feedback_along_data(
         if reader.name in graph.neuron
         for source_value in graph.neuron[reader.name].values
     ]
-    return (*exact, *_bounded(graph, drawn, share, total))
+
+
+def decoders_along_data(
+    graph: LocalGraph, max_source_features: int, share: float = 1.0, total: float = 1.0
+) -> tuple[Connection, ...]:
+    """The loss's exact paths, one subgraph with parameters further down than elsewhere, and decoders below them."""
+    exact, sources = _exact_paths(graph, max_source_features)
+    known = {connection.name for connection in exact}
+    for name in sources:  # grows while it is walked
+        for connection in vjp_connections(graph, name):
+            if connection.name not in known:
+                known.add(connection.name)
+                exact.append(connection)
+                if not graph.trainable(graph.subgraph[connection.target]):
+                    sources.append(connection.target)
+    wired = _wired(graph, exact)
+    return (*exact, *_bounded(graph, _against_data(graph, wired), share, total))
 
 
 def derivatives_along_data(graph: LocalGraph) -> tuple[Connection, ...]:

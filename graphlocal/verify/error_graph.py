@@ -235,7 +235,7 @@ RULES = (
         "error-reach",
         _error_reach,
         needs=("connections",),
-        why=f"there is no path from {OUTPUT!r}, or from {LABELS!r}, to its error neuron in the error graph",
+        why=f"there is no path from {OUTPUT!r} to its error neuron in the error graph",
     ),
     Rule(
         "message-shapes",
