@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from graphlocal.feedback import layout
 from graphlocal.ir import Connection, LocalGraph, Representation, Subgraph
-from graphlocal.rules import Head, Rule
+from graphlocal.rules import Head, RelaxingRule, Rule
 from graphlocal.targets.bodies import (
     FeedbackUpdate,
     LocalError,
@@ -35,6 +35,7 @@ from graphlocal.targets.decoders import bias_name
 from graphlocal.targets.emit_halting import Halting
 from graphlocal.targets.emit_reread import Rereads
 from graphlocal.targets.emitter import Emitter
+from graphlocal.targets.equilibrium import emit_relaxation
 from graphlocal.targets.halting import CreditDepth, whole
 from graphlocal.targets.heads import LocalHead, head_name
 from graphlocal.targets.training_graph import TrainingGraph, assemble
@@ -107,11 +108,14 @@ class _Training(Emitter):
         if self.rule.needs_labels:
             self.labels = self.fx.placeholder("labels_of_heads", default_value=None)
         self._sizes()
+        if isinstance(self.rule, RelaxingRule):
+            self._hand_over(list(emit_relaxation(self, self.rule)))
+            return self._finish()
         actions = [(a.kind, self.graph.subgraphs[a.subgraph - 1]) for a in self.graph.schedule]
         for kind, subgraph in actions:
             if kind == "F":
                 self._forward(subgraph)
-        self._loss()
+        self.take_loss()
         for kind, subgraph in actions:
             if kind == "D":
                 self._displace(subgraph)
@@ -142,7 +146,8 @@ class _Training(Emitter):
             cut = self.call(boundary, self.attached[output.value], output.value in sent_back, name=output.value)
             self.seen[output.value] = cut
 
-    def _loss(self) -> None:
+    def take_loss(self) -> None:
+        """The outputs, their errors, and the size of the batch."""
         outputs = tuple(self._returned(value) for value in self.graph.outputs)
         self.outputs = outputs
         self.output_error = self.call(output_errors, self.loss, outputs, name="output_error")

@@ -8,6 +8,7 @@ from graphlocal.rules.alignment import DirectFeedbackAlignment, FeedbackAlignmen
 from graphlocal.rules.backprop import Backprop
 from graphlocal.rules.base import Head, Neuron, Rule, features, loss_connections, vjp_connections
 from graphlocal.rules.dtp import DifferenceTargetPropagation
+from graphlocal.rules.equilibrium import EquilibriumPropagation, RelaxingRule
 from graphlocal.rules.local_loss import LocalLoss
 from graphlocal.rules.lra import LRADiff, LRAFeedback
 from graphlocal.rules.rec_lra import RecLRA
@@ -26,6 +27,7 @@ RULES: dict[str, type[Rule]] = {
         SignSymmetric,
         LocalLoss,
         DifferenceTargetPropagation,
+        EquilibriumPropagation,
     )
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "Backprop",
     "DifferenceTargetPropagation",
     "DirectFeedbackAlignment",
+    "EquilibriumPropagation",
     "FeedbackAlignment",
     "Head",
     "KolenPollack",
@@ -61,6 +64,7 @@ __all__ = [
     "LocalLoss",
     "Neuron",
     "RecLRA",
+    "RelaxingRule",
     "Rule",
     "SignSymmetric",
     "features",

@@ -50,7 +50,8 @@ class Rule(ABC):
     works on. feedback: whether its connections may carry feedback maps E. learns_feedback: whether those are
     trained. passes_discrete: whether errors pass by discrete and stochastic units, which have no derivative.
     needs_labels: whether its connections of kind `head` take the labels. decodes: whether its feedback maps are
-    decoders of representations, with a bias, and not maps of errors (`DecodingRule`).
+    decoders of representations, with a bias, and not maps of errors (`DecodingRule`). relaxes: whether a step is a
+    relaxation of all states at one time (`RelaxingRule`).
     """
 
     name: ClassVar[str]
@@ -59,6 +60,7 @@ class Rule(ABC):
     passes_discrete: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
+    relaxes: ClassVar[bool] = False
 
     def __str__(self) -> str:
         """The rule's class with the options that differ from its defaults."""
