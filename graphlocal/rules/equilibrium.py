@@ -39,7 +39,8 @@ class EquilibriumPropagation(RelaxingRule):
 
     In training mode the compiled model returns the output of the free phase, not of one forward pass; in evaluation
     mode it is the original model. Chains of several hidden layers need more steps than the defaults, which are the
-    paper's for one: an error takes a step for each layer that it passes, and shrinks with dt. beta: nudging; sign: of beta, `"fixed"` positive or `"random"` in every step.
+    paper's for one: an error takes a step for each layer that it passes, and shrinks with dt. beta: nudging; sign: of
+    beta, `"fixed"` positive or `"random"` in every step.
 
     Raises InputError for options out of range; compiling does, with the place of the first obstacle, for a model that
     is no such chain.
