@@ -30,8 +30,11 @@ from graphlocal.pipeline import PassRecord, run
 from graphlocal.rules import Rule
 from graphlocal.stored import StoredModel
 from graphlocal.targets.bodies import twin_name
+from graphlocal.targets.decoders import bias_name
 from graphlocal.targets.eager import emit
 from graphlocal.targets.flat import flatten
+from graphlocal.targets.halting import CreditDepth
+from graphlocal.targets.heads import head_name
 from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
 from graphlocal.verify import dead_parameters
@@ -57,7 +60,8 @@ class Options:
 class Compiled:
     """A model compiled for one kind of call.
 
-    records: what each pass did. error_weights: holds the feedback maps E, and outlives this object.
+    records: what each pass did. error_weights: holds the feedback maps E, and outlives this object. depth: how far the
+    errors of the last step went, if the rule lets samples stop.
     """
 
     model: nn.Module
@@ -67,6 +71,7 @@ class Compiled:
     records: tuple[PassRecord, ...]
     training: TrainingGraph
     error_weights: nn.Module
+    depth: CreditDepth
 
     @cached_property
     def passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -76,7 +81,7 @@ class Compiled:
     @cached_property
     def fused_passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The same, handing every gradient over as soon as it is complete."""
-        fused = emit(self.graph, self.traced, self.model, self.options.rule, self.error_weights, fused=True)
+        fused = emit(self.graph, self.traced, self.model, self.options.rule, self.error_weights, True, self.depth)
         return split(fused)
 
     @cached_property
@@ -90,6 +95,10 @@ class Compiled:
         """`fused_passes`, as functions without overhead."""
         forward, error = self.fused_passes
         return flatten(forward), flatten(error)
+
+    @property
+    def rule(self) -> Rule:
+        return self.options.rule
 
     @cached_property
     def execution(self) -> Execution:
@@ -184,8 +193,9 @@ def finish(
 ) -> Compiled:  # fmt: skip
     """What runs a scheduled graph; new feedback maps are added to `error_weights`."""
     _add_feedback(graph, options.rule, model, error_weights)
-    training = emit(graph, traced, model, options.rule, error_weights)
-    return Compiled(model, options, traced, graph, records, training, error_weights)
+    depth = CreditDepth()
+    training = emit(graph, traced, model, options.rule, error_weights, depth=depth)
+    return Compiled(model, options, traced, graph, records, training, error_weights, depth)
 
 
 def passes(options: Options) -> tuple[Any, ...]:
@@ -239,6 +249,11 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
             value = rule.initial_feedback(replace(connection, weight=shape), generator)
             value = value.to(example.device, example.dtype)
             _register(error_weights, name, value, rule)
+        bias = bias_name(names[connection.name][0])
+        if rule.decodes and not hasattr(error_weights, bias):
+            zeros = torch.zeros(connection.weight[0], device=example.device, dtype=example.dtype)
+            _register(error_weights, bias, zeros, rule)
+    _add_heads(graph, rule, example, error_weights)
     tensors = dict(model.named_parameters())
     for i, parameter in enumerate(graph.twins):
         generator = torch.Generator().manual_seed((torch.initial_seed() + 104729 * (i + 1)) % 2**63)
@@ -247,6 +262,17 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
         twin = rule.initial_twin(tensors[parameter], generator)
         if twin is not None:
             _register(error_weights, twin_name(parameter), twin, rule)
+
+
+def _add_heads(graph: LocalGraph, rule: Rule, example: torch.Tensor, error_weights: nn.Module) -> None:
+    """Draw the parameters of each new local head."""
+    for i, connection in enumerate(c for c in graph.connections if c.kind == "head"):
+        generator = torch.Generator().manual_seed((torch.initial_seed() + 15485863 * (i + 1)) % 2**63)
+        for name, value in rule.initial_head(graph, connection.value, generator).items():
+            known = getattr(error_weights, head_name(connection.value, name), None)
+            if known is None or known.shape != value.shape:
+                parameter = nn.Parameter(value.to(example.device, example.dtype))
+                error_weights.register_parameter(head_name(connection.value, name), parameter)
 
 
 def _register(error_weights: nn.Module, name: str, value: torch.Tensor, rule: Rule) -> None:

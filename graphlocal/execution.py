@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphlocal.preserve import preserved
+from graphlocal.targets.compilation import Compilation
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
 from graphlocal.targets.training_graph import TrainingGraph, split
-
-if TYPE_CHECKING:
-    from graphlocal.compiler import Compiled
 
 MANY_SHAPES = 8
 """Shapes of inputs that are lowered; further ones run the eager graph, which takes any batch size."""
@@ -49,7 +47,7 @@ class Execution:
     the same shapes on, where that is possible and pays. not_lowered: why the eager graph runs, once that is known.
     """
 
-    def __init__(self, compiled: Compiled, target: str) -> None:
+    def __init__(self, compiled: Compilation, target: str) -> None:
         self.compiled, self.target = compiled, target
         self.not_lowered: NotLowered | None = None
         self.taken = compiled.differentiable  # the outputs that the last loss sent an error
@@ -59,6 +57,12 @@ class Execution:
             self.not_lowered = NotLowered("the target is 'eager'")
         elif compiled.guarded:
             self.not_lowered = NotLowered("the graph is a recording with guards, which look at the data")
+        elif compiled.rule.needs_labels:
+            self.not_lowered = NotLowered(
+                "the local heads take the labels, which the lowered graph has no argument for"
+            )
+        elif compiled.rule.relaxes:
+            self.not_lowered = NotLowered("a relaxation repeats its steps, each of which would be lowered anew")
         elif target == "auto" and any(_RECURRENT.match(op.target) for op in compiled.graph.operations):
             self.not_lowered = NotLowered("a whole recurrent layer is one fast operator, but hundreds once lowered")
         if self.not_lowered is not None and target not in ("auto", "eager"):
@@ -150,15 +154,20 @@ class Run:
         self.saved: list[Any] | None
         self.outputs, self.saved = passes.forward(*leaves)
 
-    def error_pass(self, errors: Sequence[Tensor | None], *rest: Any, retain: bool = False) -> Any:
-        """What the error pass returns; afterwards nothing is kept for another one, unless it retains."""
+    def error_pass(
+        self, errors: Sequence[Tensor | None], *rest: Any, retain: bool = False, labels: tuple[Any, ...] = ()
+    ) -> Any:
+        """What the error pass returns; afterwards nothing is kept for another one, unless it retains.
+
+        labels: those of the batch, for rules with local heads.
+        """
         given = tuple(error is not None for error in errors)
         if self.passes.taken is not None and given != self.passes.taken:
             assert self.start is not None
             self.passes = self.execution.eager(self.fused)  # recorded for a loss on other outputs
             self.saved = self.start.forward(self.passes)
         self.execution.taken = given
-        result = self.passes.error(self.saved, errors, *rest, retain)
+        result = self.passes.error(self.saved, errors, *rest, retain, *labels)
         if not retain:
             self.saved = self.start = None
         return result
@@ -167,7 +176,7 @@ class Run:
 class _Start:
     """What a forward pass started from, so that it can be run once more."""
 
-    def __init__(self, compiled: Compiled, leaves: list[Any]) -> None:
+    def __init__(self, compiled: Compilation, leaves: list[Any]) -> None:
         self.model, self.leaves = compiled.model, leaves
         self.buffers = [buffer.clone() for buffer in self.model.buffers()]
         self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -8,7 +8,8 @@ The terms, on `Linear -> tanh -> Linear`:
   parameter-free elementwise tail phi (`linear`), so that z = phi(h);
 - an **error neuron** holds the error of a subgraph's representations;
 - a **connection** carries an error to a subgraph: the loss's own gradient (`loss`), the vector-Jacobian
-  product of the subgraph that read the value (`vjp`), or a feedback map E (`feedback`, the skip-error);
+  product of the subgraph that read the value (`vjp`), a feedback map E (`feedback`, the skip-error), or the gradient
+  of a local auxiliary head's loss (`head`);
 - an **action** is one step of the schedule: `F1` runs subgraph 1 forward, `D1` forms the error of its neuron,
   `U1` computes its local update.
 
@@ -31,6 +32,9 @@ Dim = int | str
 
 OUTPUT = "output"
 """The name under which connections start from the gradient of the loss at the model's outputs."""
+
+LABELS = "labels"
+"""The name under which connections start from the labels, by way of a local auxiliary head on what they reach."""
 
 
 @dataclass(frozen=True)
@@ -136,14 +140,15 @@ class ErrorNeuron:
     values: tuple[str, ...]
 
 
-ConnectionKind = Literal["loss", "vjp", "feedback"]
+ConnectionKind = Literal["loss", "vjp", "feedback", "head"]
 
 
 @dataclass(frozen=True)
 class Connection:
     """A path of the error graph: the error of `source` reaches the neuron of `target` at its value `value`.
 
-    source: a subgraph, or `OUTPUT` for kind `loss`. source_value: whose error a feedback map reads.
+    source: a subgraph, `OUTPUT` for kind `loss`, or `LABELS` for kind `head`.
+    source_value: whose error a feedback map reads.
     exact: the message is a true derivative of what comes after, not one that a target is made of.
     depth: 0 for exact paths, else the recursion depth that drew the connection (1 = from the output).
     weight: sizes of the feedback map E, (target features, source features), or with a rank between them where E is
@@ -345,9 +350,9 @@ class LocalGraph:
 
     @cached_property
     def error_graph(self) -> nx.MultiDiGraph:
-        """`OUTPUT` and the subgraphs, with an edge (carrying its `connection`) for each connection."""
+        """`OUTPUT`, `LABELS` and the subgraphs, with an edge (carrying its `connection`) for each connection."""
         graph = nx.MultiDiGraph()
-        graph.add_node(OUTPUT)
+        graph.add_nodes_from((OUTPUT, LABELS))
         graph.add_nodes_from(subgraph.name for subgraph in self.subgraphs)
         for connection in self.connections:
             graph.add_edge(connection.source, connection.target, connection=connection)

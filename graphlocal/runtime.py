@@ -37,7 +37,8 @@ class LocalModule(nn.Module):
     In evaluation mode, or without gradients, it *is* the original model.
 
     original: the user's model, trained in place. error_weights: the feedback maps E. check_finite: raise
-    LocalTrainingError, naming the subgraph, when an update is not a number.
+    LocalTrainingError, naming the subgraph, when an update is not a number. labels: those of the next backward pass,
+    if the rule has local heads; used once.
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, options: Options) -> None:
@@ -54,6 +55,7 @@ class LocalModule(nn.Module):
     def _adopt(self, compiled: Compiled, binder: Binder) -> None:
         super().__init__()
         self.check_finite = True
+        self.labels: Any = None
         self.options = compiled.options
         self.original = compiled.model
         self.error_weights = compiled.error_weights
@@ -138,6 +140,18 @@ class LocalModule(nn.Module):
         """Write the model for other tools, as it evaluates; `graphlocal.targets.onnx` has the kinds and options."""
         c = self.compiled
         return onnx.export(c.graph, c.traced, self.original, path, kind, **options)
+
+    @property
+    def credit_depth(self) -> float:
+        """Of how many subgraphs the mean sample's error reached the error neuron in the last step.
+
+        Raises InputError for a rule that lets no sample stop.
+        """
+        if self.options.rule.halting is None:
+            raise InputError(
+                f"the rule {self.options.rule} lets errors go all the way", remedy="give epsilon to an LRA rule"
+            )
+        return self.compiled.depth.mean
 
     # Running.
 
@@ -267,6 +281,7 @@ class LocalStep:
 
     def __init__(self, local: LocalModule, compiled: Compiled, run: Run, leaves: list[Any]) -> None:
         self.local, self.compiled, self.run = local, compiled, run
+        self.labels: tuple[Any] | None = None
         self.inputs = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         self.taken = compiled.taken if self.inputs else compiled.differentiable
         if self.inputs:
@@ -295,7 +310,9 @@ class LocalStep:
             )
         given = iter(errors)
         aligned = tuple(next(given) if taken else None for taken in self.taken)
-        weights, feedback, inputs = self.run.error_pass(aligned, retain=retain)
+        if self.local.options.rule.needs_labels and self.labels is None:
+            self.labels, self.local.labels = (self.local.labels,), None
+        weights, feedback, inputs = self.run.error_pass(aligned, retain=retain, labels=self.labels or ())
         if self.local.check_finite:
             norms = update_norms(self.compiled.training.weights, weights)
             require_finite(self.compiled, aligned, norms)

@@ -85,7 +85,8 @@ class TrainStep:
             self._apply(compiled, names, gradients)
 
         with torch.no_grad():
-            run.error_pass(errors, apply)
+            labels = (y,) if self.local.options.rule.needs_labels else ()
+            run.error_pass(errors, apply, labels=labels)
             if waiting:
                 flush()
             require_finite(compiled, errors, norms)

@@ -10,6 +10,7 @@ The pass, step by step:
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from itertools import chain, count
 import networkx as nx
 
 from graphlocal.errors import PartitionError
-from graphlocal.ir import OUTPUT, LocalGraph, Operation, Representation, Subgraph
+from graphlocal.ir import LABELS, OUTPUT, LocalGraph, Operation, Representation, Subgraph
 from graphlocal.passes.boxes import PRELUDE, TAIL, Labels, complete, is_parametric
 from graphlocal.passes.module_boxes import module_boxes
 from graphlocal.passes.policies import Policy, labels
@@ -143,9 +144,9 @@ def _subgraphs(graph: LocalGraph, paths: dict[str, tuple[str, ...]]) -> tuple[Su
 
 
 def _unique_names(graph: LocalGraph, members: dict[tuple[str, ...], list[Operation]]) -> dict[tuple[str, ...], str]:
-    """The box's own name; `box:operation` where a region has that name already, or the error graph's `output`."""
+    """The box's own name; `box:operation` where a region has that name already, or a source of the error graph."""
     names: dict[tuple[str, ...], str] = {}
-    taken: set[str] = {OUTPUT, *(box for path in members for box in path[:-1])}
+    taken: set[str] = {OUTPUT, LABELS, *(box for path in members for box in path[:-1])}
     for path, inside in members.items():
         main = next((op for op in inside if is_parametric(graph, op)), inside[0])
         numbered = (f"{path[-1]}#{i}" for i in count(2))
@@ -179,10 +180,21 @@ def _representation(graph: LocalGraph, output: Operation, own: set[str]) -> Repr
         if op.discrete_of in own:
             op = graph.operation[op.discrete_of]
             smooth = op.name
-        elif op.pointwise and op.inputs[0] in own:
+        elif op.pointwise and op.inputs[0] in own and not _written_later(graph, op):
             op = graph.operation[op.inputs[0]]
         else:
             return Representation(output.name, op.name, _feature_axis(graph, output), smooth)
+
+
+_IN_PLACE = re.compile(r"aten\.\w+_\.")
+
+
+def _written_later(graph: LocalGraph, op: Operation) -> bool:
+    """Whether an in-place operation may change the result, which is then no function of the operation's input."""
+    if not op.group:
+        return False
+    after = graph.operations[graph.operations.index(op) + 1 :]
+    return any(other.group == op.group and _IN_PLACE.match(other.target) for other in after)
 
 
 _FEATURES_SECOND = ("conv", "batch_norm", "group_norm", "instance_norm", "_pool")

@@ -41,7 +41,8 @@ class InsertSkipErrors:
     def _resolve(self, graph: LocalGraph, drawn: Sequence[Connection], source: str, target: str) -> list[Connection]:
         if not self.rule.feedback:
             raise InputError(
-                f"skip_errors are given, but the rule {self.rule.name!r} has exact messages only",
+                f"skip_errors are given, but the rule {self.rule.name!r} has "
+                + ("decoders of what a subgraph reads only" if self.rule.decodes else "exact messages only"),
                 remedy="use a rule with feedback maps, such as rule='rec-lra'",
             )
         sources = _output_sources(graph, drawn) if source == OUTPUT else _ends(graph, source, "source")

@@ -9,22 +9,19 @@ training loops in which the loss is the user's own code.
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from graphlocal.feedback import layout, weight_names
+from graphlocal.feedback import layout
 from graphlocal.ir import Connection, LocalGraph, Representation, Subgraph
-from graphlocal.rules import Rule
+from graphlocal.rules import Head, RelaxingRule, Rule
 from graphlocal.targets.bodies import (
-    Feedback,
     FeedbackUpdate,
     LocalError,
     Update,
     UpdateShape,
-    add_messages,
     boundary,
     model_input,
     preactivations,
@@ -34,8 +31,14 @@ from graphlocal.targets.bodies import (
     twin_name,
     twins_read,
 )
+from graphlocal.targets.decoders import bias_name
+from graphlocal.targets.emit_halting import Halting
+from graphlocal.targets.emit_reread import Rereads
+from graphlocal.targets.emitter import Emitter
+from graphlocal.targets.equilibrium import emit_relaxation
+from graphlocal.targets.halting import CreditDepth, whole
+from graphlocal.targets.heads import LocalHead, head_name
 from graphlocal.targets.training_graph import TrainingGraph, assemble
-from graphlocal.targets.twins import Twin
 from graphlocal.trace import TracedModel
 
 LossErrors = Callable[[tuple[Any, ...]], Sequence[Tensor | None]]
@@ -69,37 +72,25 @@ def emit(
     rule: Rule,
     error_weights: nn.Module,
     fused: bool = False,
+    depth: CreditDepth | None = None,
 ) -> TrainingGraph:
     """The training graph of a scheduled graph.
 
     error_weights: holds the feedback maps, under `weight_names(graph)`. fused: hand each gradient to a further
-    argument `apply(names, gradients)` as soon as it is complete, instead of returning them all.
+    argument `apply(names, gradients)` as soon as it is complete, instead of returning them all. depth: takes note of
+    how far errors go, if the rule lets samples stop.
     """
-    return _Emitter(graph, traced, model, rule, error_weights, fused).emit()
+    return _Training(graph, traced, model, rule, error_weights, fused, depth or CreditDepth()).emit()
 
 
-class _Emitter:
+class _Training(Emitter):
+    """The actions of a training step, one after another."""
+
     def __init__(self, graph: LocalGraph, traced: TracedModel, model: nn.Module, rule: Rule,
-                 error_weights: nn.Module, fused: bool) -> None:  # fmt: skip
-        self.graph, self.traced, self.model, self.rule, self.fused = graph, traced, model, rule, fused
-        self.fx = fx.Graph()
-        self.modules: dict[str, nn.Module] = {}
-        self.roots = {"original": model, "error_weights": error_weights, "constants": nn.Module()}
-        for i, constant in enumerate(traced.constants.values()):
-            self.roots["constants"].register_buffer(f"c{i}", constant)
-        self.constant_names = {name: f"constants.c{i}" for i, name in enumerate(traced.constants)}
-        self.attributes: dict[str, fx.Node] = {}
-        self.seen: dict[str, fx.Node] = {}  # values as their readers see them: inputs, sizes, cut-off z
-        self.attached: dict[str, fx.Node] = {}  # z and h with their subgraph's autograd history
-        self.errors: dict[str, fx.Node] = {}  # of each value, in the units of the loss
-        self.feeds: dict[str, list[tuple[fx.Node, fx.Node]]] = {}  # of each subgraph: (output, its error)
-        self.messages: dict[str, fx.Node] = {}  # of each vjp connection
-        self.twins: dict[str, fx.Node] = {}
-        self.gradients: dict[str, list[fx.Node]] = {}  # contributions to each parameter and E
-        self.input_gradients: dict[str, list[fx.Node]] = {}
-        self.weight_names = weight_names(graph)
-        self.waiting = Counter(f"error_weights.{names[0]}" for names in self.weight_names.values())  # E's connections
-        self.output_error: fx.Node | None = None
+                 error_weights: nn.Module, fused: bool, depth: CreditDepth) -> None:  # fmt: skip
+        super().__init__(graph, traced, model, rule, error_weights, fused)
+        self.rereads = Rereads(self) if rule.rereads else None
+        self.halting = None if rule.halting is None else Halting(self, depth)
         self.last_user = {
             name: subgraph.name for subgraph in self._update_order() for name in graph.trainable(subgraph)
         }
@@ -114,7 +105,12 @@ class _Emitter:
         self.loss = self.fx.placeholder("loss")
         self.apply = self.fx.placeholder("apply") if self.fused else None
         self.retain = self.fx.placeholder("retain", default_value=False)
+        if self.rule.needs_labels:
+            self.labels = self.fx.placeholder("labels_of_heads", default_value=None)
         self._sizes()
+        if isinstance(self.rule, RelaxingRule):
+            self._hand_over(list(emit_relaxation(self, self.rule)))
+            return self._finish()
         self._tag("")
         run = {"F": self._forward, "D": self._displace, "U": self._update}
         for kinds in ("F", "DU"):
@@ -123,7 +119,7 @@ class _Emitter:
                     run[action.kind](self.graph.subgraphs[action.subgraph - 1])
                     self._tag(str(action))
             if kinds == "F":
-                self._loss()
+                self.take_loss()
                 self._tag("")
         return self._finish()
 
@@ -134,24 +130,6 @@ class _Emitter:
                 break
             node.meta["action"] = action
 
-    # Small helpers.
-
-    def call(self, function: Callable[..., Any], *args: Any, name: str | None = None) -> fx.Node:
-        return self.fx.create_node("call_function", function, args, {}, name)
-
-    def call_module(self, name: str, module: nn.Module, *args: Any) -> fx.Node:
-        self.modules[name] = module
-        return self.fx.create_node("call_module", name, args, {}, name)
-
-    def attribute(self, state: str) -> fx.Node:
-        target = self.constant_names.get(state) or f"original.{state}"
-        return self._get(target)
-
-    def _get(self, target: str) -> fx.Node:
-        if target not in self.attributes:
-            self.attributes[target] = self.fx.get_attr(target)
-        return self.attributes[target]
-
     # The actions.
 
     def _sizes(self) -> None:
@@ -161,9 +139,11 @@ class _Emitter:
 
     def _forward(self, subgraph: Subgraph) -> None:
         number = self.graph.number[subgraph.name]
+        if self.rereads:
+            self.rereads.snapshot(subgraph)
         body = subgraph_body(self.traced.module, self.graph, subgraph)
         inputs = [self.seen[value] for value in (*subgraph.inputs, *sizes_read(self.graph, subgraph))]
-        twins = [self._twin(name) for name in twins_read(self.graph, subgraph)]
+        twins = [self.twin(name) for name in twins_read(self.graph, subgraph)]
         result = self.call_module(f"F{number}", body, *inputs, *map(self.attribute, subgraph.states), *twins)
         names = [*(output.value for output in subgraph.outputs), *preactivations(subgraph)]
         for i, name in enumerate(names):
@@ -173,15 +153,8 @@ class _Emitter:
             cut = self.call(boundary, self.attached[output.value], output.value in sent_back, name=output.value)
             self.seen[output.value] = cut
 
-    def _twin(self, parameter: str) -> fx.Node:
-        """The twin of a parameter, the same for all subgraphs."""
-        if parameter not in self.twins:
-            name = twin_name(parameter)
-            stored = self._get(f"error_weights.{name}") if hasattr(self.roots["error_weights"], name) else None
-            self.twins[parameter] = self.call_module(name, Twin(self.rule), self.attribute(parameter), stored)
-        return self.twins[parameter]
-
-    def _loss(self) -> None:
+    def take_loss(self) -> None:
+        """The outputs, their errors, and the size of the batch."""
         outputs = tuple(self._returned(value) for value in self.graph.outputs)
         self.outputs = outputs
         self.output_error = self.call(output_errors, self.loss, outputs, name="output_error")
@@ -189,24 +162,53 @@ class _Emitter:
         self.batch = self.call(batch_size, *candidates, name="batch")
 
     def _returned(self, value: str) -> fx.Node:
-        return self.seen[value] if value in self.seen else self._get(self.constant_names.get(value, value))
+        return self.seen[value] if value in self.seen else self.get(self.constant_names.get(value, value))
+
+    def message(self, connection: Connection) -> list[fx.Node]:
+        return [self._head(connection)] if connection.kind == "head" else super().message(connection)
+
+    def _head(self, connection: Connection) -> fx.Node:
+        """The error from a local head, whose parameters learn at once."""
+        value, prefix = connection.value, "error_weights."
+        axis = self.graph.representation[value].axis
+        head = Head(value, axis, self.rule.head_outputs(self.graph))
+        kept = self.roots["error_weights"]._parameters
+        names = [name for name in kept if name.endswith(head_name(value, ""))]
+        module = LocalHead(self.rule, head, [name.removesuffix(head_name(value, "")) for name in names])
+        parameters = [self.get(prefix + name) for name in names]
+        result = self.call_module(f"head_{value}", module, self.attached[value], self.labels, *parameters)
+        for i, name in enumerate(names):
+            self.gradients[prefix + name] = [self.call(operator.getitem, result, i + 1)]
+        self._apply([prefix + name for name in names])
+        return self.call(operator.getitem, result, 0)
+
+    def feedback(self, connection: Connection, error: fx.Node, factors: list[fx.Node]) -> fx.Node:
+        if self.halting:
+            return self.halting.feedback(connection, error, factors)
+        if self.rule.decodes and self.rereads:
+            return self.rereads.decoded(connection, error, factors)
+        return super().feedback(connection, error, factors)
 
     def _displace(self, subgraph: Subgraph) -> None:
         feeds: list[tuple[fx.Node, fx.Node]] = []
         outputs = {output.value: output for output in subgraph.outputs}
         for value in self.graph.neuron[subgraph.name].values:
             incoming = [c for c in self.graph.incoming(subgraph.name) if c.value == value]
-            exact = self._sum([m for c in incoming if c.exact for m in self._message(c)])
-            displacement = self._sum([m for c in incoming if not c.exact for m in self._message(c)])
+            exact = self.sum([m for c in incoming if c.exact for m in self.message(c)])
+            displacement = self.sum([m for c in incoming if not c.exact for m in self.message(c)])
             local = None
             if displacement is not None:
                 local = self._local_error(outputs[value], displacement, incoming, feeds)
             if exact is not None:
+                self.exact[value] = exact
                 feeds.append((self.attached[value], exact))
-            error = self._sum([e for e in (exact, local) if e is not None])
+            error = self.sum([e for e in (exact, local) if e is not None])
             if error is not None:
                 self.errors[value] = error
         self.feeds[subgraph.name] = feeds
+        if self.halting:
+            self.halting.stop(subgraph)
+        self._release(subgraph.name)
 
     def _local_error(self, output: Representation, displacement: fx.Node, incoming: list[Connection],
                      feeds: list[tuple[fx.Node, fx.Node]]) -> fx.Node:  # fmt: skip
@@ -214,7 +216,12 @@ class _Emitter:
         phi = tail_function(self.traced.module, self.graph.tail(output), output.preactivation)
         module = LocalError(self.rule, value, phi)
         h, z = self.attached[output.preactivation], self.attached[output.smooth or value]
-        error = self.call_module(f"e_{value}", module, h, z, displacement, self.batch)
+        if self.rule.inner_steps > 1 and self.rereads:
+            error = self.rereads.walk(output, module, displacement, incoming)
+        elif self.halting:
+            error = self.halting.local_error(output, displacement)
+        else:
+            error = self.call_module(f"e_{value}", module, h, z, displacement, self.batch)
         feeds.append((h if self.rule.feeds == "preactivation" else z, error))
         if self.rule.learns_feedback:
             for connection in incoming:
@@ -225,36 +232,19 @@ class _Emitter:
     def _learn_feedback(self, connection: Connection, error: LocalError, h: fx.Node, z: fx.Node,
                         displacement: fx.Node) -> None:  # fmt: skip
         names = [f"error_weights.{name}" for name in self.weight_names[connection.name]]
-        update = FeedbackUpdate(error, layout(self.graph, connection))
-        source = self.errors.get(connection.source_value)
-        node = self.call_module(f"{connection.value}_from_{connection.source_value}_update", update,
-                                h, z, displacement, source, self.batch, *map(self._get, names))  # fmt: skip
+        if self.rule.decodes and self.rereads:
+            names.append(bias_name(names[0]))
+            node = self.rereads.decoder_update(connection, [self.get(name) for name in names])
+        else:
+            update = FeedbackUpdate(error, layout(self.graph, connection))
+            source = self.errors.get(connection.source_value)
+            node = self.call_module(f"{connection.value}_from_{connection.source_value}_update", update,
+                                    h, z, displacement, source, self.batch, *map(self.get, names))  # fmt: skip
         for i, name in enumerate(names):
             self.gradients.setdefault(name, []).append(self.call(operator.getitem, node, i))
         self.waiting[names[0]] -= 1
         if not self.waiting[names[0]]:
             self._apply(names)
-
-    def _message(self, connection: Connection) -> list[fx.Node]:
-        """The messages of one connection; a value that the model returns twice has two errors."""
-        if connection.kind == "loss":
-            assert self.output_error is not None
-            positions = [i for i, value in enumerate(self.graph.outputs) if value == connection.value]
-            return [self.call(operator.getitem, self.output_error, i) for i in positions]
-        if connection.kind == "vjp":
-            return [self.messages[connection.name]] if connection.name in self.messages else []
-        error = self.errors.get(connection.source_value)
-        if error is None:
-            return []
-        factors = [self._get(f"error_weights.{name}") for name in self.weight_names[connection.name]]
-        module = Feedback(layout(self.graph, connection))
-        name = f"d_{connection.value}_from_{connection.source_value}"
-        return [self.call_module(name, module, error, self.attached[connection.value], *factors)]
-
-    def _sum(self, nodes: list[fx.Node]) -> fx.Node | None:
-        if len(nodes) < 2:
-            return nodes[0] if nodes else None
-        return self.call(add_messages, *nodes)
 
     def _update(self, subgraph: Subgraph) -> None:
         number = self.graph.number[subgraph.name]
@@ -265,12 +255,15 @@ class _Emitter:
         if not feeds:
             return
         shape = UpdateShape(len(feeds), len(weights), len(sent) + len(inputs))
-        result = self.call_module(
-            f"U{number}", Update(self.rule, shape),
+        arguments = (
             *(output for output, _ in feeds), *(error for _, error in feeds),
             *map(self.attribute, weights), *(self.seen[c.value] for c in sent), *(self.seen[x] for x in inputs),
-            self.retain,
         )  # fmt: skip
+        if self.halting:
+            read = [*(c.value for c in sent), *inputs]
+            result = self.halting.update(subgraph, Update(self.rule, shape), read, arguments)
+        else:
+            result = self.call_module(f"U{number}", Update(self.rule, shape), *arguments, self.retain)
         taken = [self.call(operator.getitem, result, i) for i in range(shape.parameters + shape.inputs)]
         for name, node in zip(weights, taken[: shape.parameters], strict=True):
             self.gradients.setdefault(name, []).append(node)
@@ -279,14 +272,26 @@ class _Emitter:
         for connection, node in zip(sent, taken[shape.parameters :], strict=False):
             self.messages[connection.name] = node
         for name, node in zip(inputs, taken[shape.parameters + len(sent) :], strict=True):
-            self.input_gradients.setdefault(name, []).append(node)
+            gradient = self.call(whole, node, self.seen[name]) if self.halting else node
+            self.input_gradients.setdefault(name, []).append(gradient)
         done = [name for name in weights if self.last_user[name] == subgraph.name]
         twins = [f"error_weights.{twin_name(name)}" for name in done]
         self._apply([*done, *(name for name in twins if name in self.gradients)])
 
     def _apply(self, names: list[str]) -> None:
+        if self.rereads and names:
+            self.rereads.hold(names)
+            self._release()
+        else:
+            self._hand_over(names)
+
+    def _release(self, displaced: str = "") -> None:
+        for names in self.rereads.release(displaced) if self.rereads else ():
+            self._hand_over(names)
+
+    def _hand_over(self, names: list[str]) -> None:
         if self.fused and names:
-            gradients = [self._sum(self.gradients[name]) for name in names]
+            gradients = [self.total(self.gradients[name]) for name in names]
             self.call(apply_updates, self.apply, tuple(names), *gradients)
 
     def _finish(self) -> TrainingGraph:
@@ -294,11 +299,11 @@ class _Emitter:
         feedback = tuple(name for name in self.gradients if name.startswith("error_weights."))
         returned: Any = self.outputs
         if not self.fused:
-            inputs = [self._sum(self.input_gradients.get(item.name, [])) for item in self.graph.inputs]
+            inputs = [self.total(self.input_gradients.get(item.name, [])) for item in self.graph.inputs]
             returned = (
                 self.outputs,
-                tuple(self._sum(self.gradients[name]) for name in weights),
-                tuple(self._sum(self.gradients[name]) for name in feedback),
+                tuple(self.total(self.gradients[name]) for name in weights),
+                tuple(self.total(self.gradients[name]) for name in feedback),
                 tuple(inputs),
             )
         self.fx.output(returned)

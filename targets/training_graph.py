@@ -40,7 +40,7 @@ def assemble(graph: fx.Graph, modules: dict[str, nn.Module], roots: dict[str, nn
 def split(training: TrainingGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The training graph cut at the loss, as (forward pass, error pass).
 
-    forward_pass(*inputs) -> (outputs, saved list); error_pass(saved, errors, [apply,] retain) -> what follows
+    forward_pass(*inputs) -> (outputs, saved list); error_pass(saved, errors, [apply,] retain[, labels]) -> what follows
     the outputs in the training graph's result. The error pass empties `saved` as it goes, unless it retains.
     """
     nodes = list(training.module.graph.nodes)
@@ -55,7 +55,7 @@ def split(training: TrainingGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     return _like(training.module, forward, "ForwardPass"), _like(training.module, error, "ErrorPass")
 
 
-_GIVEN_AFTER = ("loss", "apply", "retain")
+_GIVEN_AFTER = ("loss", "apply", "retain", "labels_of_heads")
 """Arguments of the training graph that only what follows the loss reads."""
 
 
@@ -74,7 +74,7 @@ def _error_pass(nodes: list[fx.Node], at: int, saved: list[fx.Node]) -> fx.Graph
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     store, copied[nodes[at]] = graph.placeholder("saved"), graph.placeholder("errors")
     for node in nodes[:at]:
-        if node.op == "placeholder" and node.name in ("apply", "retain"):
+        if node.op == "placeholder" and node.name in ("apply", "retain", "labels_of_heads"):
             copied[node] = graph.node_copy(node)
             if node.name == "retain":
                 retain = copied[node]

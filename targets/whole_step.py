@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,13 +20,11 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from graphlocal.errors import InputError
+from graphlocal.targets.compilation import Compilation
 from graphlocal.targets.lowered import NotLowered, lower, record, without_data
 from graphlocal.targets.optimizer_math import group_of, initial_state, updated
 from graphlocal.targets.simplify import simplify
 from graphlocal.targets.training_graph import TrainingGraph
-
-if TYPE_CHECKING:
-    from graphlocal.compiler import Compiled
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -49,7 +47,7 @@ class WholeStep:
 
 
 def whole_step(
-    compiled: Compiled,
+    compiled: Compilation,
     leaves: list[Any],
     unflatten: Callable[[list[Any]], Any],
     loss_fn: LossFunction,
@@ -94,7 +92,7 @@ class _Recorder:
     """The step as Python, on the states that it names."""
 
     def __init__(
-        self, compiled: Compiled, lowered: TrainingGraph, leaves: list[Any], unflatten: Callable[[list[Any]], Any],
+        self, compiled: Compilation, lowered: TrainingGraph, leaves: list[Any], unflatten: Callable[[list[Any]], Any],
         loss_fn: LossFunction, optimizer: Optimizer, y: Any,
     ) -> None:  # fmt: skip
         self.compiled, self.lowered, self.leaves = compiled, lowered, leaves

@@ -417,3 +417,10 @@ class NamedOutput(nn.Module):
 def test_a_module_may_be_called_output():
     local = graphlocal.compile(NamedOutput(), example_inputs=(torch.randn(2, 6),))
     assert names(local.graph) == ["body", "output:linear_1"]
+
+
+def test_a_value_that_is_written_in_place_later_has_no_tail():
+    """`z = tanh(h); z[:, 4:] += other` is no function of h alone."""
+    model = zoo.MODELS["slice_assignment"]
+    local = graphlocal.compile(model.make(), example_inputs=model.example())
+    assert local.graph.representation["clone"].preactivation == "clone"

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from graphlocal.errors import InputError, nearest
+from graphlocal.rules.aligning import AligningRule
 from graphlocal.rules.alignment import DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetric
 from graphlocal.rules.backprop import Backprop
-from graphlocal.rules.base import Neuron, Rule, features, loss_connections, vjp_connections
-from graphlocal.rules.lra import LRAFeedback
+from graphlocal.rules.base import Head, Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.dtp import DifferenceTargetPropagation
+from graphlocal.rules.equilibrium import EquilibriumPropagation, RelaxingRule
+from graphlocal.rules.local_loss import LocalLoss
+from graphlocal.rules.lra import LRADiff, LRAFeedback
 from graphlocal.rules.rec_lra import RecLRA
 from graphlocal.rules.wiring import feedback_along_data, feedback_connection, skip_errors_from_output
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
-    for rule in (Backprop, RecLRA, LRAFeedback, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack, SignSymmetric)
+    for rule in (
+        Backprop,
+        RecLRA,
+        LRAFeedback,
+        LRADiff,
+        FeedbackAlignment,
+        DirectFeedbackAlignment,
+        KolenPollack,
+        SignSymmetric,
+        LocalLoss,
+        DifferenceTargetPropagation,
+        EquilibriumPropagation,
+    )
 }
 
 
@@ -35,13 +51,20 @@ def find(rule: str | Rule) -> Rule:
 
 __all__ = [
     "RULES",
+    "AligningRule",
     "Backprop",
+    "DifferenceTargetPropagation",
     "DirectFeedbackAlignment",
+    "EquilibriumPropagation",
     "FeedbackAlignment",
+    "Head",
     "KolenPollack",
+    "LRADiff",
     "LRAFeedback",
+    "LocalLoss",
     "Neuron",
     "RecLRA",
+    "RelaxingRule",
     "Rule",
     "SignSymmetric",
     "features",

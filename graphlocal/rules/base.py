@@ -33,6 +33,15 @@ class Neuron:
     phi: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Head:
+    """A local auxiliary head on one representation. axis: its features; outputs: how many numbers a label has."""
+
+    value: str
+    axis: int
+    outputs: int
+
+
 class Rule(ABC):
     """Base class of learning rules.
 
@@ -40,12 +49,18 @@ class Rule(ABC):
     (no derivative of phi) or at the `"representation"` z. depth: levels of the partition tree that the rule
     works on. feedback: whether its connections may carry feedback maps E. learns_feedback: whether those are
     trained. passes_discrete: whether errors pass by discrete and stochastic units, which have no derivative.
+    needs_labels: whether its connections of kind `head` take the labels. decodes: whether its feedback maps are
+    decoders of representations, with a bias, and not maps of errors (`DecodingRule`). relaxes: whether a step is a
+    relaxation of all states at one time (`RelaxingRule`).
     """
 
     name: ClassVar[str]
     depth: int = 1
     feedback: ClassVar[bool] = True
     passes_discrete: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
+    relaxes: ClassVar[bool] = False
 
     def __str__(self) -> str:
         """The rule's class with the options that differ from its defaults."""
@@ -60,6 +75,21 @@ class Rule(ABC):
     @property
     def learns_feedback(self) -> bool:
         return False
+
+    @property
+    def inner_steps(self) -> int:
+        """How often a target is moved; above 1 (`AligningRule` only) its readers are evaluated again in between."""
+        return 1
+
+    @property
+    def halting(self) -> float | None:
+        """The local loss below which a sample sends no error further down (`AligningRule` only); None: never."""
+        return None
+
+    @property
+    def rereads(self) -> bool:
+        """Whether the error of a representation takes evaluating its readers again."""
+        return self.inner_steps > 1
 
     @abstractmethod
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
@@ -93,6 +123,18 @@ class Rule(ABC):
     def feedback_cotangent(self, neuron: Neuron, displacement: Tensor) -> Tensor | None:
         """C such that E's update is mean(C eᵀ), with e the source's error; None keeps E fixed."""
         return None
+
+    def head_outputs(self, graph: LocalGraph) -> int:
+        """How many numbers the local heads predict for each label."""
+        return 0
+
+    def initial_head(self, graph: LocalGraph, value: str, generator: torch.Generator) -> dict[str, Tensor]:
+        """The parameters of the head on a representation, by name, float32 on the CPU; they learn."""
+        return {}
+
+    def head_loss(self, head: Head, z: Tensor, labels: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """The loss of a head, a scalar in the units of the model's loss (a mean over the batch)."""
+        raise NotImplementedError
 
     def project(self, update: Tensor) -> Tensor:
         """A last change to a parameter's update, such as a bound on its norm."""

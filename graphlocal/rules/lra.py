@@ -1,9 +1,23 @@
-"""Local representation alignment along the reversed data edges, with fixed feedback maps."""
+"""Local representation alignment (LRA) along the reversed data edges: by feedback maps, and by derivatives.
+
+Of both, with the pre-activation h, the representation z = phi(h), a displacement d and the local loss in u = z - y
+(log(1 + u^2), u^2 / 2 or |u|): target y = phi(h - beta Normalize(d, c2)), per sample; error at h
+delta = loss'(z - y) * phi'(h); update Normalize(delta z_in^T, c1). Normalize(v, c) = c v / ||v|| where ||v|| is at
+least c.
+
+Variable depth: with `epsilon`, a sample whose local loss at a subgraph (summed over its representations; at the output
+||e||^2 / 2, with its error e) is below epsilon sends no error further down, and `local.credit_depth` tells how far
+errors went. What lies below is computed for the other samples alone, on the rows of axis 0. Samples stay together
+where that can't be: a subgraph that draws random numbers, writes states (batch normalization), or holds values whose
+axis 0 is not the batch gets zeros for the samples that stopped; a representation whose axis 0 is not the batch stops
+no sample.
+
+Source: Ororbia, Mali, Kifer, Giles, "Conducting credit assignment by aligning local representations", 2018.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,28 +26,25 @@ from torch import Tensor
 
 from graphlocal.errors import InputError
 from graphlocal.ir import Connection, LocalGraph
-from graphlocal.rules.base import Neuron, Rule
-from graphlocal.rules.wiring import feedback_along_data
-
-_DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
-    "cauchy": lambda u: 2 * u / (1 + u**2),
-    "l2": lambda u: u,
-    "l1": torch.sign,
-}
-"""Of the local losses log(1 + u^2), u^2 / 2 and |u|, in u = z - y."""
+from graphlocal.rules.aligning import (
+    AligningRule,
+    bounded,
+    require_counts,
+    require_local_loss,
+    require_positive,
+    through_tail,
+)
+from graphlocal.rules.base import Neuron
+from graphlocal.rules.wiring import derivatives_along_data, feedback_along_data
 
 
 @dataclass(frozen=True)
-class LRAFeedback(Rule):
-    """LRA-fdbk (Ororbia et al., local representation alignment): every subgraph hands a displacement to those below it.
-
-    d = Normalize(E delta, c2) per sample, with delta the error at the pre-activation of the subgraph above; target
-    y = phi(h - beta d); delta = dloss(z, y)/dz * phi'(h); update = Normalize(delta z_in^T, c1).
-    Normalize(v, c) = c v / ||v|| where ||v|| is at least c.
+class LRAFeedback(AligningRule):
+    """LRA-fdbk: every subgraph hands the displacement E delta to those below it, with delta its own error.
 
     local_loss: `"cauchy"`, `"l2"` or `"l1"`. beta: modulation factor. sigma: standard deviation of E; None is
     1 / sqrt(source features). c1, c2: bounds on the norms of each update and of each sample's displacement, None
-    for none. feedback_share, feedback_total, max_source_features: as in RecLRA.
+    for none. epsilon: see the module. feedback_share, feedback_total, max_source_features: as in RecLRA.
 
     Raises InputError for options out of range.
     """
@@ -47,15 +58,12 @@ class LRAFeedback(Rule):
     feedback_share: float = 0.25
     feedback_total: float = 1.0
     max_source_features: int = 1024
+    epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        if self.local_loss not in _DERIVATIVES:
-            raise InputError(f"LRAFeedback(local_loss={self.local_loss!r})", remedy=f"use one of {tuple(_DERIVATIVES)}")
-        for option in ("beta", "sigma", "c1", "c2", "feedback_share", "feedback_total"):
-            value = getattr(self, option)
-            optional = option in ("sigma", "c1", "c2") and value is None
-            if not optional and not (isinstance(value, (int, float)) and value > 0):
-                raise InputError(f"LRAFeedback({option}={value!r})", why="it must be a number above 0")
+        require_local_loss(self)
+        options = ("beta", "sigma", "c1", "c2", "feedback_share", "feedback_total", "epsilon")
+        require_positive(self, options, optional=("sigma", "c1", "c2", "epsilon"))
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         return feedback_along_data(graph, self.max_source_features, self.feedback_share, self.feedback_total)
@@ -65,25 +73,52 @@ class LRAFeedback(Rule):
         sigma = 1 / math.sqrt(max(columns, 1)) if self.sigma is None else self.sigma
         return torch.randn(rows, columns, generator=generator) * sigma
 
-    def local_error(self, neuron: Neuron, displacement: Tensor) -> Tensor:
-        d = displacement if self.c2 is None else _bounded(displacement, self.c2)
-        u = neuron.z - neuron.phi(neuron.h - self.beta * d)
-        error = _DERIVATIVES[self.local_loss](u)
-        with torch.enable_grad():
-            h = neuron.h.detach().requires_grad_()
-            z = neuron.phi(h)
-            (delta,) = torch.autograd.grad(z, h, error) if z.requires_grad else (error,)
-        return delta
-
-    def project(self, update: Tensor) -> Tensor:
-        if self.c1 is None:
-            return update
-        norm: Tensor = torch.linalg.vector_norm(update)
-        return update * (self.c1 / norm.clamp_min(self.c1))
+    def move(self, neuron: Neuron, displacement: Tensor) -> Tensor:
+        return neuron.h - self.beta * bounded(displacement, self.c2)
 
 
-def _bounded(displacement: Tensor, bound: float) -> Tensor:
-    """Normalize(d, bound) for each sample."""
-    rows = displacement.reshape(len(displacement), -1)
-    factor: Tensor = bound / torch.linalg.vector_norm(rows, dim=1).clamp_min(bound)
-    return displacement * factor.view(-1, *[1] * (displacement.dim() - 1))
+@dataclass(frozen=True)
+class LRADiff(AligningRule):
+    """LRA-diff: targets descend the local losses of the subgraphs above, by derivatives and in several steps.
+
+    The displacement is the derivative of those losses at the pre-activation, by the vector-Jacobian products of the
+    subgraphs that read z, times phi'. From the second step on, these subgraphs are evaluated again at the candidate
+    phi(h), and their losses are taken there, against their own targets, which stay. The output has no target but
+    the gradient e of the loss at z: its loss is taken to be ||z - (z - e)||^2 / 2, which is exact for a squared error.
+    With `steps=1`, `"l2"`, beta 1, no bounds and phi the identity the updates are backpropagation's (Lemma 1).
+
+    A subgraph that is evaluated again draws the random numbers of its forward pass, and the states that it writes
+    (running statistics) are written on copies. What is read of a discrete unit is moved by as much as the value before
+    the unit. steps: K, how often a target is moved. The other options are those of LRAFeedback.
+
+    Raises InputError for options out of range; compiling with `steps` above 1 does for a subgraph whose data decide
+    its path.
+    """
+
+    name: ClassVar[str] = "lra-diff"
+    feedback: ClassVar[bool] = False
+    steps: int = 1
+    local_loss: Literal["cauchy", "l2", "l1"] = "cauchy"
+    beta: float = 1.0
+    c1: float | None = 1.0
+    c2: float | None = 1.0
+    epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        require_local_loss(self)
+        require_counts(self, ("steps",))
+        require_positive(self, ("beta", "c1", "c2", "epsilon"), optional=("c1", "c2", "epsilon"))
+        if self.epsilon is not None and self.steps > 1:
+            raise InputError(
+                "LRADiff(epsilon, steps above 1)", why="variable depth is there for one step of the target"
+            )
+
+    @property
+    def inner_steps(self) -> int:
+        return self.steps
+
+    def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
+        return derivatives_along_data(graph)
+
+    def move(self, neuron: Neuron, displacement: Tensor) -> Tensor:
+        return neuron.h - self.beta * bounded(through_tail(neuron, displacement), self.c2)

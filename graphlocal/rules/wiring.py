@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import networkx as nx
 
 from graphlocal.errors import InputError
 from graphlocal.feedback import shared_map
-from graphlocal.ir import Connection, LocalGraph, Subgraph
+from graphlocal.ir import LABELS, Connection, LocalGraph, Subgraph
 from graphlocal.rules.base import features, loss_connections, reversed_data_edges, vjp_connections
 from graphlocal.verify import learning_values
 
@@ -39,8 +40,12 @@ def feedback_along_data(
     The bounds are those of `skip_errors_from_output`.
     """
     exact, _ = _exact_paths(graph, max_source_features)
-    wired = _wired(graph, exact)
-    drawn = [
+    return (*exact, *_bounded(graph, _against_data(graph, _wired(graph, exact)), share, total))
+
+
+def _against_data(graph: LocalGraph, wired: set[tuple[str, str]]) -> list[Connection]:
+    """A feedback map from each representation of a reader to what it read, but for what is wired already."""
+    return [
         feedback_connection(graph, reader.name, source_value, neuron.subgraph, value, depth=1)
         for neuron in graph.error_neurons
         for value in neuron.values
@@ -49,7 +54,47 @@ def feedback_along_data(
         if reader.name in graph.neuron
         for source_value in graph.neuron[reader.name].values
     ]
-    return (*exact, *_bounded(graph, drawn, share, total))
+
+
+def decoders_along_data(
+    graph: LocalGraph, max_source_features: int, share: float = 1.0, total: float = 1.0
+) -> tuple[Connection, ...]:
+    """The loss's exact paths, one subgraph with parameters further down than elsewhere, and decoders below them."""
+    exact, sources = _exact_paths(graph, max_source_features)
+    known = {connection.name for connection in exact}
+    for name in sources:  # grows while it is walked
+        for connection in vjp_connections(graph, name):
+            if connection.name not in known:
+                known.add(connection.name)
+                exact.append(connection)
+                if not graph.trainable(graph.subgraph[connection.target]):
+                    sources.append(connection.target)
+    wired = _wired(graph, exact)
+    return (*exact, *_bounded(graph, _against_data(graph, wired), share, total))
+
+
+def derivatives_along_data(graph: LocalGraph) -> tuple[Connection, ...]:
+    """The loss's gradient at the outputs, and below them derivatives to make targets of, against every data edge.
+
+    Values that depend on no input of the model are no representations of a sample: they get their exact derivatives.
+    """
+    exact = [*loss_connections(graph), *_from_readers(graph)]
+    known = {connection.name for connection in exact}
+    return (*exact, *(c for c in reversed_data_edges(graph, exact=False) if c.name not in known))
+
+
+def local_heads(graph: LocalGraph) -> tuple[Connection, ...]:
+    """The loss's exact paths down to the last subgraphs with parameters, and a head on what each other one gives."""
+    exact, _ = _exact_paths(graph, sys.maxsize)
+    wired = _wired(graph, exact)
+    drawn = [
+        Connection(LABELS, neuron.subgraph, value, "head", exact=True)
+        for neuron in graph.error_neurons
+        if graph.trainable(graph.subgraph[neuron.subgraph])
+        for value in neuron.values
+        if (neuron.subgraph, value) not in wired
+    ]
+    return (*exact, *drawn)
 
 
 def _wired(graph: LocalGraph, exact: list[Connection]) -> set[tuple[str, str]]:

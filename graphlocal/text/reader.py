@@ -204,7 +204,7 @@ class _Parts:
 
 
 _STATE_KINDS: tuple[Literal["parameter", "buffer", "constant"], ...] = ("parameter", "buffer", "constant")
-_CONNECTIONS = ("loss", "vjp", "feedback")
+_CONNECTIONS = ("loss", "vjp", "feedback", "head")
 _SUBGRAPH = ("subgraph", "reads", "runs", "gives")
 _KEYWORDS = ("graph", "input", "state", "size", "op", "output", *_SUBGRAPH, "neuron", *_CONNECTIONS, "twin", "step")
 
@@ -236,7 +236,7 @@ def _read(line: _Line, parts: _Parts) -> None:
             name = line.word("the name of a subgraph")
             line.expect("measures")
             parts.neurons.append(ErrorNeuron(name, line.words("the name of a value")))
-        case "loss" | "vjp" | "feedback" as kind:
+        case "loss" | "vjp" | "feedback" | "head" as kind:
             parts.connections.append(_connection(line, kind))
         case "twin":
             parts.twins.append(line.word("the name of a parameter"))

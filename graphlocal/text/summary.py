@@ -21,7 +21,7 @@ SHORT_DTYPES = {
     "int64": "i64",
     "uint8": "u8",
 }
-ARROWS = {"loss": "=>", "vjp": "->", "feedback": "~>"}
+ARROWS = {"loss": "=>", "vjp": "->", "feedback": "~>", "head": "+>"}
 LONGEST = 60
 """Lists of more rows are shown by their first and last ones."""
 _FIRST, _LAST = 20, 10

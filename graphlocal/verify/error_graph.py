@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import networkx as nx
 
-from graphlocal.ir import OUTPUT, Connection, Dim, LocalGraph, Operation, Subgraph
+from graphlocal.ir import LABELS, OUTPUT, Connection, Dim, LocalGraph, Operation, Subgraph
 from graphlocal.text.summary import connection_label, type_label
 from graphlocal.verify.rule import Broken, Rule, listed, place, repeated, shortest_cycles, steps
 
@@ -118,10 +118,11 @@ def _connections(graph: LocalGraph) -> Iterator[Broken]:
 
 def _end_problem(graph: LocalGraph, connection: Connection) -> str | None:
     source, target = connection.source, connection.target
-    if (source == OUTPUT) != (connection.kind == "loss"):
-        return f"only connections of kind loss start from {OUTPUT!r}, and they all do"
+    for origin, kind in ((OUTPUT, "loss"), (LABELS, "head")):
+        if (source == origin) != (connection.kind == kind):
+            return f"only connections of kind {kind} start from {origin!r}, and they all do"
     for end in (source, target):
-        if end != OUTPUT and end not in graph.neuron:
+        if end not in (OUTPUT, LABELS) and end not in graph.neuron:
             return f"{end!r} is no subgraph with an error neuron"
     measured = graph.neuron[target].values if target in graph.neuron else ()
     if connection.value not in measured:
@@ -139,6 +140,8 @@ def _kind_problem(graph: LocalGraph, connection: Connection) -> str | None:
         if len(connection.weight) not in (2, 3):
             return "a feedback map has two sizes, target and source features, and a rank between them if it has factors"
         return "a feedback map is never exact" if connection.exact else None
+    if connection.kind == "head" and not connection.exact:
+        return "the error from a local head is exact"
     if connection.source_value or connection.weight:
         return f"a {connection.kind} connection has neither a source value nor a feedback map"
     if connection.kind == "loss" and connection.value not in graph.outputs:
@@ -164,7 +167,7 @@ def _acyclic_error_graph(graph: LocalGraph) -> Iterator[Broken]:
 def _error_reach(graph: LocalGraph) -> Iterator[Broken]:
     if not graph.connections and not graph.schedule:
         return
-    reached = nx.descendants(graph.error_graph, OUTPUT)
+    reached = nx.descendants(graph.error_graph, OUTPUT) | nx.descendants(graph.error_graph, LABELS)
     learning = _learning(graph)
     dead = set(dead_parameters(graph))
     safe = {name for part in graph.subgraphs if part.name in reached for name in graph.trainable(part)}

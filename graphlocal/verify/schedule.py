@@ -18,7 +18,8 @@ def action_dependencies(graph: LocalGraph) -> dict[Key, set[Key]]:
     """What each action of the graph needs to be done before it, in an order that respects it.
 
     `F` of a subgraph needs `F` of those that it waits for. `D` needs `F` of its subgraph and, for each error
-    that reaches the neuron, the loss (so every `F`), `U` of the source of a vjp, `D` of that of a feedback.
+    that reaches the neuron, the loss (so every `F`), `U` of the source of a vjp, `D` of that of a feedback; a local
+    head needs nothing more.
     `U` needs `D` of its subgraph. Only subgraphs with an error neuron have `D` and `U`.
     """
     number = graph.number
@@ -30,7 +31,8 @@ def action_dependencies(graph: LocalGraph) -> dict[Key, set[Key]]:
         if name in graph.neuron:
             needs["D", n] = {("F", n)}
             for connection in graph.incoming(name):
-                needs["D", n] |= forward if connection.kind == "loss" else {_sent(graph, connection)}
+                if connection.kind != "head":
+                    needs["D", n] |= forward if connection.kind == "loss" else {_sent(graph, connection)}
             needs["U", n] = {("D", n)}
     return needs
 
