@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import Binder, ExampleInputs
-from graphlocal.compiler import COMPUTED, Compiled, Options, build
+from graphlocal.compiler import COMPUTED, Compiled, Options, build, require_schedule
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import undone_on
@@ -91,6 +91,7 @@ class LocalModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled() and self._learns()):
             return self.original(*args, **kwargs)
+        require_schedule(self.options.rule)
         leaves, spec = self._binder.flatten(args, kwargs)
         compiled, outputs, saved = self._forward_pass(leaves, spec, fused=False)
         step = LocalStep(self, compiled, leaves, saved)
@@ -98,16 +99,24 @@ class LocalModule(nn.Module):
 
     def _forward_pass(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Any, Any]:
         """Run all subgraphs: the compilation that fits the call and its data, the outputs, what was saved."""
+        compiled, (outputs, saved) = self._run_fitting(
+            leaves, spec, lambda compiled: (compiled.run_fused_passes if fused else compiled.run_passes)[0](*leaves)
+        )
+        return compiled, outputs, saved
+
+    def _run_fitting(
+        self, leaves: list[Any], spec: pytree.TreeSpec, run: Callable[[Compiled], Any]
+    ) -> tuple[Compiled, Any]:
+        """The compilation that fits a call and its data, and what `run` returns for it."""
         if [_children(module) for module in self._watched] != self._structure:
             self._cache.clear()  # a layer was replaced
             self._watch()
         for compiled in self._fitting(leaves, spec):
-            first_pass = (compiled.run_fused_passes if fused else compiled.run_passes)[0]
             if not compiled.guarded:
                 with self._lag.watching():
-                    return compiled, *first_pass(*leaves)
+                    return compiled, run(compiled)
             with suppress(GuardFailure), undone_on(GuardFailure, self.original):
-                return compiled, *first_pass(*leaves)
+                return compiled, run(compiled)
         raise LocalTrainingError(
             f"{self.compiled.graph.name} takes another path through its forward than when it was recorded just before",
             why="its control flow depends on more than the inputs, parameters, buffers and torch's random numbers",
@@ -312,7 +321,7 @@ def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], norms: d
         )
     bad = {name for name, norm in norms.items() if bool(norm.isnan())}
     order = [compiled.graph.subgraphs[a.subgraph - 1] for a in compiled.graph.schedule if a.kind == "D"]
-    subgraph = next(s for s in order if bad.intersection(s.states))
+    subgraph = next(s for s in (order or reversed(compiled.graph.subgraphs)) if bad.intersection(s.states))
     raise LocalTrainingError(
         f"the local error of subgraph {subgraph.name!r} is not a number",
         where=compiled.graph.operation[subgraph.operations[0]].source,

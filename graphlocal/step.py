@@ -52,10 +52,12 @@ class TrainStep:
                 remedy="make it from local.parameters() (or model.parameters())",
             )
         self._parts: dict[tuple[Compiled, tuple[str, ...]], _PartialOptimizer] = {}
+        self.memory: dict[str, Any] = {}
 
-    def __call__(self, x: Any, y: Any) -> Tensor:
+    def __call__(self, x: Any, y: Any, *, index: Tensor | None = None) -> Tensor:
         """Train on one batch; x: a tensor, a tuple (or list) of positional inputs, or a dict of keyword inputs.
 
+        index: the samples' numbers in the data set, int64 [batch]; rules without a memory for each sample ignore it.
         Returns the loss (detached). Raises LocalTrainingError if the loss, or after the step an update, is not a
         number.
         """
@@ -65,6 +67,8 @@ class TrainStep:
         with torch.enable_grad():
             leaves, spec = self.local._binder.flatten(args, kwargs)
             leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            if self.local.options.rule.engine != "schedule":
+                return self._run_engine(leaves, spec, y, index)
             compiled, outputs, saved = self.local._forward_pass(leaves, spec, fused=True)
             loss, errors = self._loss(compiled, outputs, y)
         norms: dict[str, Tensor] = {}
@@ -88,6 +92,19 @@ class TrainStep:
             if waiting:
                 flush()
             require_finite(compiled, errors, norms)
+        return loss
+
+    def _run_engine(self, leaves: list[Any], spec: Any, y: Any, index: Tensor | None) -> Tensor:
+        def run(compiled: Compiled) -> tuple[Tensor, dict[str, Tensor]]:
+            assert compiled.engine is not None
+            return compiled.engine.step(leaves, lambda flat: self._loss(compiled, flat, y), self.memory, index)
+
+        compiled, (loss, gradients) = self.local._run_fitting(leaves, spec, run)
+        names = tuple(gradients)
+        if self.local.check_finite:
+            require_finite(compiled, (), update_norms(names, tuple(gradients.values())))
+        with torch.no_grad():
+            self._apply(compiled, names, tuple(gradients.values()))
         return loss
 
     def _loss(self, compiled: Compiled, outputs: Any, y: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:

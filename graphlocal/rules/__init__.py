@@ -6,13 +6,16 @@ from graphlocal.errors import InputError, nearest
 from graphlocal.rules.alignment import DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetric
 from graphlocal.rules.backprop import Backprop
 from graphlocal.rules.base import Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.lp import LP
 from graphlocal.rules.lra import LRAFeedback
 from graphlocal.rules.rec_lra import RecLRA
 from graphlocal.rules.wiring import feedback_along_data, feedback_connection, skip_errors_from_output
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
-    for rule in (Backprop, RecLRA, LRAFeedback, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack, SignSymmetric)
+    for rule in (
+        Backprop, RecLRA, LRAFeedback, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack, SignSymmetric, LP,
+    )  # fmt: skip
 }
 
 
@@ -34,6 +37,7 @@ def find(rule: str | Rule) -> Rule:
 
 
 __all__ = [
+    "LP",
     "RULES",
     "Backprop",
     "DirectFeedbackAlignment",

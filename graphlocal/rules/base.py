@@ -40,12 +40,16 @@ class Rule(ABC):
     (no derivative of phi) or at the `"representation"` z. depth: levels of the partition tree that the rule
     works on. feedback: whether its connections may carry feedback maps E. learns_feedback: whether those are
     trained. passes_discrete: whether errors pass by discrete and stochastic units, which have no derivative.
+    engine: what runs a training step: `"schedule"`, the actions F, D and U of one pass; or the name of an engine with
+    a loop of its own over the subgraphs, which `graphlocal.train_step` runs. call: how such a step is called.
     """
 
     name: ClassVar[str]
     depth: int = 1
     feedback: ClassVar[bool] = True
     passes_discrete: ClassVar[bool] = True
+    engine: ClassVar[str] = "schedule"
+    call: ClassVar[str] = "step(x, y)"
 
     def __str__(self) -> str:
         """The rule's class with the options that differ from its defaults."""
@@ -89,6 +93,10 @@ class Rule(ABC):
         """The twin B of a weight, in its shape, at one step."""
         assert stored is not None
         return stored
+
+    def buffers(self, graph: LocalGraph) -> dict[str, Tensor]:
+        """Tensors that the rule keeps with the compiled model, among the feedback maps, as they are at first."""
+        return {}
 
     def feedback_cotangent(self, neuron: Neuron, displacement: Tensor) -> Tensor | None:
         """C such that E's update is mean(C eᵀ), with e the source's error; None keeps E fixed."""
