@@ -28,4 +28,3 @@ class Engine(Protocol):
 ENGINES: dict[str, Callable[[Nodes, Any, nn.Module], Engine]] = {
     "lagrangian": LagrangianEngine,
 }
-

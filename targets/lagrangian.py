@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,14 +109,17 @@ class LagrangianEngine:
         self, runs: list[Run], errors: dict[str, Tensor], pulls: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """dL/dx and dL/dtheta, from the cotangents of what each subgraph made."""
-        slopes: dict[str, Tensor] = dict(pulls)
-        gradients: dict[str, Tensor] = {}
+        products = {}
         for run in reversed(runs):
             made = {o.value: errors[o.value] for o in run.subgraph.outputs if o.value in errors}
-            by_parameter, by_input = self.nodes.vjp(run, made)
+            products[run.subgraph.name] = by_parameter, by_input = self.nodes.vjp(run, made)
+            add_to(errors, {value: message for value, message in by_input.items() if value not in pulls})
+        slopes: dict[str, Tensor] = dict(pulls)
+        gradients: dict[str, Tensor] = {}
+        for subgraph in self.nodes.graph.subgraphs:  # sums are taken in one order, whatever `order` is
+            by_parameter, by_input = products[subgraph.name]
             add_to(gradients, by_parameter)
-            for value, message in by_input.items():
-                add_to(slopes if value in slopes else errors, {value: message})
+            add_to(slopes, {value: message for value, message in by_input.items() if value in pulls})
         return slopes, gradients
 
     def _cast(self, names: Sequence[str], seen: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -126,14 +130,12 @@ class LagrangianEngine:
                 narrow[name] = seen[name].to(self._dtypes[name])
         return {**seen, **narrow} if narrow else seen
 
-    @property
+    @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
         types = {v: self.nodes.graph.type(v) for v in self.variables}
         return {v: getattr(torch, t.dtype) for v, t in types.items() if t is not None}
 
-    def _memory(
-        self, memory: dict[str, Any], leaves: Sequence[Any], index: Tensor
-    ) -> tuple[SampleAxes, SampleStore]:
+    def _memory(self, memory: dict[str, Any], leaves: Sequence[Any], index: Tensor) -> tuple[SampleAxes, SampleStore]:
         """The sample axes and the store, made at the first visit."""
         if "store" not in memory:
             axes = find_sample_axes(self.nodes, leaves, len(index), self.variables)

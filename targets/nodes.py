@@ -41,9 +41,7 @@ class Nodes:
         }
         self._bodies = {s.name: subgraph_body(traced.module, graph, s) for s in graph.subgraphs}
         self._reads = {s.name: (*s.inputs, *sizes_read(graph, s)) for s in graph.subgraphs}
-        self._names = {
-            s.name: [*(output.value for output in s.outputs), *preactivations(s)] for s in graph.subgraphs
-        }
+        self._names = {s.name: [*(output.value for output in s.outputs), *preactivations(s)] for s in graph.subgraphs}
         self._sizes = _sizes(graph, traced.module)
 
     def given(self, leaves: Sequence[Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Where the samples lie in a model's inputs and values, found by changing one of them.
 
-A **sample axis** of a value has one entry for each sample of the batch, or k of them in a row (heads or windows that
-were folded into the batch). That changing a sample changes no other's entries is what makes values the samples' own.
+A **sample axis** of a value counts outer x samples x inner entries: a batch into which heads or windows were folded
+(inner), or that was folded into positions (outer). That changing a sample changes no other's entries is what makes
+values the samples' own.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class SampleAxes:
     """The sample axis of each input and value.
 
     inputs: for each flat input, its sample axis (None if the batch shares it) and its other sizes. values: for each
-    value, its sample axis and its shape with k, the entries a sample, at that axis. dtype: wide enough for all values,
-    and for small steps of them.
+    value, its sample axis and its shape for one sample, with outer and inner in the place of that axis. dtype: wide
+    enough for all values, and for small steps of them.
     """
 
     inputs: tuple[tuple[int | None, tuple[int, ...]], ...]
@@ -40,13 +41,14 @@ class SampleAxes:
     def rows(self, value: str, tensor: Tensor) -> Tensor:
         """A value as samples x numbers."""
         axis, shape = self.values[value]
-        samples = tensor.shape[axis] // shape[axis]
-        return tensor.unflatten(axis, (samples, shape[axis])).movedim(axis, 0).reshape(samples, -1)
+        outer, inner = shape[axis : axis + 2]
+        samples = tensor.shape[axis] // (outer * inner)
+        return tensor.unflatten(axis, (outer, samples, inner)).movedim(axis + 1, 0).reshape(samples, -1)
 
     def values_of(self, value: str, rows: Tensor) -> Tensor:
         """Samples x numbers as the value; the reverse of `rows`."""
         axis, shape = self.values[value]
-        return rows.reshape(len(rows), *shape).movedim(0, axis).flatten(axis, axis + 1)
+        return rows.reshape(len(rows), *shape).movedim(0, axis + 1).flatten(axis, axis + 2)
 
     def require_batch(self, leaves: Sequence[Any], samples: int) -> None:
         """Raise InputError unless the inputs hold so many samples, each as large as at the first step."""
@@ -124,8 +126,10 @@ def _sample_axis(nodes: Nodes, value: str, true: Tensor, other: Tensor, samples:
     multiples = [axis for axis, size in enumerate(true.shape) if size and size % samples == 0]
     for axis in sorted(multiples, key=lambda axis: true.shape[axis] != samples):
         k = true.shape[axis] // samples
-        if not bool(changed.narrow(axis, k, true.shape[axis] - k).any()):
-            return axis, (*true.shape[:axis], k, *true.shape[axis + 1 :])
+        for outer in (n for n in range(1, k + 1) if k % n == 0):
+            split = changed.unflatten(axis, (outer, samples, k // outer))
+            if not bool(split.narrow(axis + 1, 1, samples - 1).any()):
+                return axis, (*true.shape[:axis], outer, k // outer, *true.shape[axis + 1 :])
     op = nodes.graph.operation[value]
     raise InputError(
         f"the rule keeps variables for each sample, but the value {value!r} of shape {list(true.shape)} mixes samples",

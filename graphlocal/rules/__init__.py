@@ -14,8 +14,15 @@ from graphlocal.rules.wiring import feedback_along_data, feedback_connection, sk
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
     for rule in (
-        Backprop, RecLRA, LRAFeedback, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack, SignSymmetric, LP,
-    )  # fmt: skip
+        Backprop,
+        RecLRA,
+        LRAFeedback,
+        FeedbackAlignment,
+        DirectFeedbackAlignment,
+        KolenPollack,
+        SignSymmetric,
+        LP,
+    )
 }
 
 

@@ -118,17 +118,17 @@ def variables(graph: LocalGraph) -> tuple[str, ...]:
 
 def require_sample_identity(graph: LocalGraph, rule: str) -> None:
     """Raise InputError for an operation that gives one sample different values from visit to visit."""
-    for op in graph.operations:
-        random = "random" in op.effects
-        written = [effect.removeprefix("writes ") for effect in op.effects if effect.startswith("writes ")]
-        if random or written:
-            does = "draws random numbers" if random else f"changes the buffer {written[0]} at every step"
-            remedy = "take it out, or call eval() on that module after local.train()"
-            if "norm" in op.target:
-                remedy += ", or normalize within each sample (GroupNorm, LayerNorm)"
-            raise InputError(
-                f"the rule {rule!r} can't train through {op.name!r} ({op.target}), which {does}",
-                where=", ".join(part for part in (op.module, op.source) if part),
-                why="the rule keeps variables for each sample, whose values must follow from the sample alone",
-                remedy=remedy,
-            )
+    found = [op for op in graph.operations if any(e == "random" or e.startswith("writes ") for e in op.effects)]
+    if not found:
+        return
+    op = next((op for op in found if "norm" in op.target), found[0])  # a BatchNorm counts its batches before
+    written = [effect.removeprefix("writes ") for effect in op.effects if effect.startswith("writes ")]
+    does = f"changes the buffer {written[0]} at every step" if written else "draws random numbers"
+    others = f"; so do {len(found) - 1} other operations" if len(found) > 1 else ""
+    norm = ", or normalize within each sample (GroupNorm, LayerNorm)" if "norm" in op.target else ""
+    raise InputError(
+        f"the rule {rule!r} can't train through {op.name!r} ({op.target}), which {does}{others}",
+        where=", ".join(part for part in (op.module, op.source) if part),
+        why="the rule keeps variables for each sample, whose values must follow from the sample alone",
+        remedy=f"take it out, or call eval() on that module after local.train(){norm}",
+    )
