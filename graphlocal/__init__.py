@@ -11,7 +11,9 @@ from graphlocal.alignment import Alignment, alignment
 from graphlocal.check import Finding, Report, check
 from graphlocal.compile import compile
 from graphlocal.errors import GraphLocalError
+from graphlocal.goals import ClassCodes
 from graphlocal.recalibrate import recalibrate
+from graphlocal.representations import knn_error, representations
 from graphlocal.runtime import LocalModule
 from graphlocal.step import TrainStep, train_step
 
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Alignment",
+    "ClassCodes",
     "Finding",
     "GraphLocalError",
     "LocalModule",
@@ -27,7 +30,9 @@ __all__ = [
     "alignment",
     "check",
     "compile",
+    "knn_error",
     "recalibrate",
+    "representations",
     "rules",
     "train_step",
 ]

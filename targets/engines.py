@@ -8,23 +8,19 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from graphlocal.targets.lagrangian import LagrangianEngine
-from graphlocal.targets.nodes import LossErrors, Nodes
+from graphlocal.targets.nodes import Nodes, StepCall
+from graphlocal.targets.nonlinear import NonlinearEngine
 
 
 class Engine(Protocol):
     """One training step in a loop of its own over the subgraphs."""
 
-    def step(
-        self, leaves: Sequence[Any], loss: LossErrors, memory: dict[str, Any], index: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and the gradient of each parameter that has one.
-
-        leaves: the model's flat inputs. memory: what the engine keeps from step to step. index: the numbers of the
-        samples.
-        """
+    def step(self, leaves: Sequence[Any], call: StepCall) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the gradient of each parameter that has one; leaves: the model's flat inputs."""
         ...
 
 
 ENGINES: dict[str, Callable[[Nodes, Any, nn.Module], Engine]] = {
     "lagrangian": LagrangianEngine,
+    "nonlinear": NonlinearEngine,
 }

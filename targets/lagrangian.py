@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graphlocal.errors import InputError
 from graphlocal.rules.lp import LP, variables
 from graphlocal.sample_store import SampleStore
-from graphlocal.targets.nodes import LossErrors, Nodes, Run, add_to
+from graphlocal.targets.nodes import LossErrors, Nodes, Run, StepCall, add_to
 from graphlocal.targets.samples import SampleAxes, find_sample_axes
 
 Tensors = Mapping[str, Tensor]
@@ -49,10 +49,9 @@ class LagrangianEngine:
         self.variables = variables(nodes.graph)
         self.order = nodes.graph.subgraphs
 
-    def step(
-        self, leaves: Sequence[Any], loss: LossErrors, memory: dict[str, Any], index: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(self, leaves: Sequence[Any], call: StepCall) -> tuple[Tensor, dict[str, Tensor]]:
         """One visit of a batch. Raises InputError for an index that does not number the samples of the batch."""
+        index, memory = call.index, call.memory
         if index is None:
             raise InputError(
                 "the rule 'lp' needs the numbers of the samples",
@@ -65,7 +64,7 @@ class LagrangianEngine:
         axes.require_batch(leaves, len(index))
         x, multipliers = self._load(leaves, axes, store, index)
         for _ in range(self.rule.inner_steps):
-            found = self.evaluate(leaves, x, multipliers, loss, len(index))
+            found = self.evaluate(leaves, x, multipliers, call.loss, len(index))
             x = {v: x[v] - self.rule.eta_x * found.variables[v] for v in x}
             multipliers = {
                 v: multipliers[v] + self.rule.eta_lambda * self.rule.constraint(found.residuals[v]) for v in x

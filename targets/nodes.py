@@ -19,6 +19,26 @@ LossErrors = Callable[[Sequence[Any]], tuple[Tensor, tuple[Tensor | None, ...]]]
 
 
 @dataclass(frozen=True)
+class StepCall:
+    """What a training step is asked to learn.
+
+    loss: of the model's outputs. goals: of representations, in the place of the loss if there are any. y: what goals
+    are set from. index: the numbers of the samples. memory: what the engine keeps from step to step.
+    """
+
+    loss: LossErrors
+    goals: tuple[Any, ...]
+    y: Any
+    index: Tensor | None
+    memory: dict[str, Any]
+
+    @staticmethod
+    def samples(leaves: Sequence[Any]) -> int:
+        """The size of the batch: of the first axis of the first input that has one."""
+        return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
+
+
+@dataclass(frozen=True)
 class Run:
     """One subgraph after its forward: what it read (cut off) and what it made (with its autograd history)."""
 
@@ -81,10 +101,12 @@ class Nodes:
         constants = self.traced.constants
         return constants[name] if name in constants else operator.attrgetter(name)(self.model)
 
-    def vjp(self, run: Run, errors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def vjp(
+        self, run: Run, errors: Mapping[str, Tensor], retain: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The vector-Jacobian products of a subgraph: (by parameter, by input value).
 
-        errors: the cotangents of values that the run made.
+        errors: the cotangents of values that the run made. retain: whether the run is asked again.
         """
         pairs = [(run.values[name], error) for name, error in errors.items() if run.values[name].requires_grad]
         parameters = {name: self.state(name) for name in self.graph.trainable(run.subgraph)}
@@ -95,7 +117,7 @@ class Nodes:
         values, cotangents = zip(*pairs, strict=True)
         cotangents = tuple(c.to(v.dtype) for v, c in pairs)
         with hooks_aside(sought):
-            found = torch.autograd.grad(values, sought, cotangents, allow_unused=True)
+            found = torch.autograd.grad(values, sought, cotangents, allow_unused=True, retain_graph=retain)
         products = {id(tensor): product for tensor, product in zip(sought, found, strict=True) if product is not None}
         return (
             {name: products[id(tensor)] for name, tensor in parameters.items() if id(tensor) in products},

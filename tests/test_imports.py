@@ -23,7 +23,7 @@ FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphloca
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"arguments", "data", "guards", "ir", "preserve", "source"}),
+    frozenset({"arguments", "data", "goals", "guards", "ir", "preserve", "source"}),
     frozenset({"text", "verify"}),
     frozenset({"feedback", "statistics_lag", "nn", "unrolled", "normalize", "opaque", "sample_store", "selfcheck"}),
     frozenset({"cache", "record", "trace"}),
@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"compiler"}),
     frozenset({"runtime"}),
     frozenset({"compile"}),
-    frozenset({"alignment", "check", "partition", "recalibrate", "step"}),
+    frozenset({"alignment", "check", "partition", "recalibrate", "representations", "step"}),
     frozenset({"model_spec", "training"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names
     frozenset({"cli", "demo"}),

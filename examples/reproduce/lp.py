@@ -35,7 +35,9 @@ DEEP = (LP(inner_steps=4), LP())
 QUICK = (
     Task("digits", (64, 64, 64, 10), ((SHALLOW[0], 95.5), *((r, None) for r in SHALLOW[1:])), 1e-3, 30),
     Task("digits", (64, *[32] * 8, 10), tuple((r, None) for r in DEEP), 1e-3, 30),
-    Task("fashion-mnist", (784, 64, 64, 10), ((LP(), 78.5), (LP(G="abs", eta_lambda=0.01), None)), 3e-4, 30, train=5000),
+    Task(
+        "fashion-mnist", (784, 64, 64, 10), ((LP(), 78.5), (LP(G="abs", eta_lambda=0.01), None)), 3e-4, 30, train=5000
+    ),
 )
 FULL = (
     *QUICK,

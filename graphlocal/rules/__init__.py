@@ -8,6 +8,7 @@ from graphlocal.rules.backprop import Backprop
 from graphlocal.rules.base import Neuron, Rule, features, loss_connections, vjp_connections
 from graphlocal.rules.lp import LP
 from graphlocal.rules.lra import LRAFeedback
+from graphlocal.rules.nlp import NLP
 from graphlocal.rules.rec_lra import RecLRA
 from graphlocal.rules.wiring import feedback_along_data, feedback_connection, skip_errors_from_output
 
@@ -22,6 +23,7 @@ RULES: dict[str, type[Rule]] = {
         KolenPollack,
         SignSymmetric,
         LP,
+        NLP,
     )
 }
 
@@ -45,6 +47,7 @@ def find(rule: str | Rule) -> Rule:
 
 __all__ = [
     "LP",
+    "NLP",
     "RULES",
     "Backprop",
     "DirectFeedbackAlignment",

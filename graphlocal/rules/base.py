@@ -65,6 +65,11 @@ class Rule(ABC):
     def learns_feedback(self) -> bool:
         return False
 
+    @property
+    def needs_optimizer(self) -> bool:
+        """Whether a training step hands gradients to an optimizer."""
+        return True
+
     @abstractmethod
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         """The connections of the error graph, given subgraphs and error neurons."""
