@@ -63,6 +63,7 @@ class Nodes:
         self._reads = {s.name: (*s.inputs, *sizes_read(graph, s)) for s in graph.subgraphs}
         self._names = {s.name: [*(output.value for output in s.outputs), *preactivations(s)] for s in graph.subgraphs}
         self._sizes = _sizes(graph, traced.module)
+        self._orders: dict[str, tuple[int, ...]] = {}
 
     def given(self, leaves: Sequence[Any]) -> dict[str, Any]:
         """The model's inputs and the sizes, by name."""
@@ -73,13 +74,13 @@ class Nodes:
     def run(self, subgraph: Subgraph, seen: Mapping[str, Any]) -> Run:
         """Run one subgraph on values that are cut off from what made them."""
         wanted = self.inputs_with_errors[subgraph.name]
-        inputs = {
-            name: seen[name].detach().requires_grad_() if name in wanted else seen[name]
-            for name in self._reads[subgraph.name]
-        }
+        inputs = {name: self._laid_out(name, seen[name]) for name in self._reads[subgraph.name]}
+        inputs |= {name: inputs[name].detach().requires_grad_() for name in inputs if name in wanted}
         with torch.enable_grad():
             result = self._bodies[subgraph.name](*inputs.values(), *map(self.state, subgraph.states))
-        return Run(subgraph, inputs, dict(zip(self._names[subgraph.name], result, strict=True)))
+        values = dict(zip(self._names[subgraph.name], result, strict=True))
+        self._remember(values)
+        return Run(subgraph, inputs, values)
 
     def forward(self, leaves: Sequence[Any]) -> dict[str, Any]:
         """The model's own forward pass: every value that crosses a boundary, by name, detached."""
@@ -89,8 +90,25 @@ class Nodes:
                 result = self._bodies[subgraph.name](
                     *(seen[name] for name in self._reads[subgraph.name]), *map(self.state, subgraph.states)
                 )
-                seen.update(zip(self._names[subgraph.name], result, strict=True))
+                values = dict(zip(self._names[subgraph.name], result, strict=True))
+                self._remember(values)
+                seen.update(values)
         return seen
+
+    def _remember(self, values: Mapping[str, Any]) -> None:
+        """Note the order of the axes in memory of each value, which views of it rely on."""
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                order = tuple(sorted(range(value.dim()), key=lambda axis, t=value: -t.stride(axis)))
+                self._orders[name] = tuple(range(value.dim())) if value.is_contiguous() else order
+
+    def _laid_out(self, name: str, value: Any) -> Any:
+        """What stands for a value, with its axes in the same order in memory."""
+        order = self._orders.get(name)
+        if order is None or value.permute(order).is_contiguous():
+            return value
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return value.permute(order).contiguous().permute(back)
 
     def outputs(self, seen: Mapping[str, Any]) -> list[Any]:
         """What the model returns, flattened."""

@@ -120,6 +120,18 @@ def test_with_swept_multipliers_the_gradient_equals_backprop(model, partition):
             torch.testing.assert_close(got, true.to_dense() if true.is_sparse else true, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "model", zoo.models(exclude=(*WRITES, "torchvision", "message_passing", "language_model_loss"))
+)
+def test_two_visits_from_the_store_train_every_kind_of_model(model):
+    """Variables come back from the store in the layout that views of them rely on."""
+    inputs = model.example(torch.float64)
+    local = compiled(model, LP(inner_steps=2), partition="leaf")
+    step = graphlocal.train_step(local, lambda output, y: model.loss(output), optim.SGD(local.parameters(), 0.01))
+    for _ in range(3):
+        assert step(inputs, None, index=torch.tensor([3, 0, 4])).isfinite()
+
+
 # Equations
 
 
