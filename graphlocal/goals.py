@@ -72,8 +72,9 @@ class ClassCodes:
     def _apart(self, rows: Tensor) -> Tensor:
         """The polar factor of the rows, each scaled to norm `scale`."""
         left, _, right = torch.linalg.svd(rows.double(), full_matrices=False)
-        factor = left @ right
-        return factor * (self.scale / factor.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        factor: Tensor = left @ right
+        norms: Tensor = torch.linalg.vector_norm(factor, dim=1, keepdim=True)
+        return factor * (self.scale / norms.clamp_min(1e-12))
 
     def _follow(self, features: Tensor, labels: Tensor) -> None:
         assert self.means is not None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphlocal.arguments import call_of
+from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError
 from graphlocal.preserve import preserved
 from graphlocal.runtime import LocalModule
@@ -33,12 +35,13 @@ def representations(local: LocalModule, x: Any, node: str | None = None, batch_s
         args, kwargs = call_of(part, "x")
         leaves, spec = local._binder.flatten(args, kwargs)
         with preserved(local.original):
-            _, u = local._run_fitting(leaves, spec, lambda c, leaves=leaves: _codes(c.engine, leaves, node))
+            _, u = local._run_fitting(leaves, spec, partial(_codes, leaves=leaves, node=node))
         found.append(u.flatten(1))
     return torch.cat(found)
 
 
-def _codes(engine: Any, leaves: list[Any], node: str | None) -> Tensor:
+def _codes(compiled: Compiled, leaves: list[Any], node: str | None) -> Tensor:
+    engine: Any = compiled.engine
     u: Tensor = engine.codes(leaves).u[engine.node(node)]
     return u
 

@@ -121,6 +121,7 @@ class TrainStep:
             call = StepCall(lambda flat: self._loss(compiled, flat, y), self.goals, y, index, self.memory)
             return compiled.engine.step(leaves, call)
 
+        loss: Tensor
         compiled, (loss, gradients) = self.local._run_fitting(leaves, spec, run)
         if self.local.check_finite:
             require_finite(compiled, (), update_norms(tuple(gradients), tuple(gradients.values())))

@@ -99,8 +99,8 @@ class Nodes:
         """Note the order of the axes in memory of each value, which views of it rely on."""
         for name, value in values.items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                order = tuple(sorted(range(value.dim()), key=lambda axis, t=value: -t.stride(axis)))
-                self._orders[name] = tuple(range(value.dim())) if value.is_contiguous() else order
+                strides = [0 if value.is_contiguous() else -stride for stride in value.stride()]
+                self._orders[name] = tuple(sorted(range(value.dim()), key=strides.__getitem__))
 
     def _laid_out(self, name: str, value: Any) -> Any:
         """What stands for a value, with its axes in the same order in memory."""

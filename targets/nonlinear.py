@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphlocal.errors import InputError, nearest
+from graphlocal.errors import InputError, LocalTrainingError, nearest
 from graphlocal.ir import Subgraph
 from graphlocal.rules.nlp import NLP, hidden_nodes, output_nodes, soft_threshold, threshold_name
 from graphlocal.targets.nodes import Nodes, Run, StepCall, add_to
@@ -113,7 +113,14 @@ class NonlinearEngine:
             axis = self.nodes.graph.representation[value].axis
             goals[value] = goal(codes.u[value], call.y, axis)
         misses = [(codes.u[v] - g).square().flatten(1).sum(1).mean() / 2 for v, g in goals.items()]
-        return torch.stack(misses).sum(), goals, {}
+        loss = torch.stack(misses).sum()
+        if bool(loss.isnan()):
+            raise LocalTrainingError(
+                "the distance from the goals is not a number",
+                why="the inputs hold NaN, the steps are too large, or the model divides by a code that is zero",
+                remedy="lower the learning rate or lambda_f, or raise mu",
+            )
+        return loss, goals, {}
 
     def node(self, name: str | None) -> str:
         """The node that a goal or a user names: a value, a subgraph with one node, or None for the first output.

@@ -43,7 +43,8 @@ class SampleAxes:
         axis, shape = self.values[value]
         outer, inner = shape[axis : axis + 2]
         samples = tensor.shape[axis] // (outer * inner)
-        return tensor.unflatten(axis, (outer, samples, inner)).movedim(axis + 1, 0).reshape(samples, -1)
+        split: Tensor = tensor.unflatten(axis, (outer, samples, inner))
+        return split.movedim(axis + 1, 0).reshape(samples, -1)
 
     def values_of(self, value: str, rows: Tensor) -> Tensor:
         """Samples x numbers as the value; the reverse of `rows`."""

@@ -126,8 +126,8 @@ def main() -> None:
         f"Per cent of the test set whose 5 nearest training codes (cosine) have its label, mean ± standard deviation "
         f"of {arguments.seeds} seeds. Six nodes of 128 (digits) or 256, fixed class codes of norm 1 at the last, "
         "batches of 500 (gradient: 100), lambda_f = 0.3 (gradient: 1, with lambda_1 = 0.003), lambda_1 = 0 where "
-        "nothing else is said. Backprop: k-NN on the last hidden layer of the same net with tanh and a classifier. Bars on "
-        "Fashion-MNIST for the first trial: 80 % and 15 points over lambda_f = 0. "
+        "nothing else is said. Backprop: k-NN on the last hidden layer of the same net with tanh and a classifier. "
+        "Bars on Fashion-MNIST for the first trial: 80 % and 15 points over lambda_f = 0. "
         + (f"Missed: {'; '.join(missed)}." if missed else "All bars are met.")
     )
     header = ["data", "trained by", "paper", "here", "backprop here"]
