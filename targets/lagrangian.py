@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphlocal.errors import InputError
+from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.rules.lp import LP, variables
 from graphlocal.sample_store import SampleStore
 from graphlocal.targets.nodes import LossErrors, Nodes, Run, StepCall, add_to
@@ -71,6 +71,7 @@ class LagrangianEngine:
             }
         rows = {f"x {v}": axes.rows(v, x[v]) for v in x}
         rows |= {f"lambda {v}": axes.rows(v, multipliers[v]) for v in x}
+        _require_finite(rows)
         store.write(index, rows)
         return found.loss, {name: gradient / len(index) for name, gradient in found.parameters.items()}
 
@@ -167,6 +168,17 @@ class LagrangianEngine:
             {v: axes.values_of(v, x[v]) for v in x},
             {v: axes.values_of(v, rows[f"lambda {v}"].to(device)) for v in x},
         )
+
+
+def _require_finite(rows: Tensors) -> None:
+    """Raise LocalTrainingError, before anything is kept, if a variable or multiplier is not a number."""
+    if not rows or bool(torch.stack([row.sum() for row in rows.values()]).isfinite().all()):
+        return
+    bad = next((name for name, row in rows.items() if not bool(row.isfinite().all())), next(iter(rows)))
+    raise LocalTrainingError(
+        f"{bad!r} has grown beyond all numbers (x are the samples' variables, lambda their multipliers)",
+        remedy="lower eta_x, eta_lambda or the learning rate",
+    )
 
 
 def _detached(value: Any) -> Any:
