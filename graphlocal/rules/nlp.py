@@ -27,7 +27,8 @@ class NLP(Rule):
 
     The threshold stands in the place of the subgraphs' own elementwise tails, while training and in
     `graphlocal.representations`; the model itself, in eval(), keeps its tails. So what is learned is judged by its
-    codes (`graphlocal.knn_error`), not by the model's output.
+    codes (`graphlocal.knn_error`), not by the model's output. A model that divides by what becomes a code, which can be
+    zero, is told at the first step that its loss is not a number.
 
     Stage 1, forward: u_v = T(q_v; tau_v). tau_v is fixed on the first batch, such that the share `keep` of |q_v| is
     above it; at the model's outputs it is 0. Stage 2, in reverse: at a node with a goal of its own, y_v = g_v; at
