@@ -33,7 +33,7 @@ class LP(Rule):
     G: `"linear"`, G(r) = r, or `"abs"`, |r|. epsilon: violations up to it are free; G shrinks by it towards 0.
     With |r| the multipliers only ever grow: take an eta_lambda of about 0.01.
     rho, eta_x, eta_lambda: as above. inner_steps: steps of x and lambda at each visit, of which each carries errors one
-    subgraph further down. Nets of more than about five layers learn poorly (examples/reproduce).
+    subgraph further down. A net of nine layers learned poorly (examples/reproduce).
     x0: where a sample's variables start, at the model's own forward pass or at zeros.
     samples: how many there are; None lets the store grow to the largest index. store: `"memory"`, on the model's
     device, or `"mmap"`, in the file `path`. max_bytes: the most that the store may take; None is 4 GiB in memory,
