@@ -11,14 +11,17 @@ from graphlocal.alignment import Alignment, alignment
 from graphlocal.check import Finding, Report, check
 from graphlocal.compile import compile
 from graphlocal.errors import GraphLocalError
+from graphlocal.goals import ClassCodes
 from graphlocal.load import load
 from graphlocal.recalibrate import recalibrate
+from graphlocal.representations import knn_error, representations
 from graphlocal.runtime import LocalModule
 from graphlocal.step import TrainStep, train_step
 from graphlocal.version import __version__ as __version__
 
 __all__ = [
     "Alignment",
+    "ClassCodes",
     "Finding",
     "GraphLocalError",
     "LocalModule",
@@ -27,8 +30,10 @@ __all__ = [
     "alignment",
     "check",
     "compile",
+    "knn_error",
     "load",
     "recalibrate",
+    "representations",
     "rules",
     "train_step",
 ]

@@ -32,9 +32,11 @@ from graphlocal.stored import StoredModel
 from graphlocal.targets.bodies import twin_name
 from graphlocal.targets.decoders import bias_name
 from graphlocal.targets.eager import emit
+from graphlocal.targets.engines import ENGINES, Engine
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.halting import CreditDepth
 from graphlocal.targets.heads import head_name
+from graphlocal.targets.nodes import Nodes
 from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
 from graphlocal.verify import dead_parameters
@@ -69,9 +71,22 @@ class Compiled:
     traced: TracedModel
     graph: LocalGraph
     records: tuple[PassRecord, ...]
-    training: TrainingGraph
+    emitted: TrainingGraph | None
     error_weights: nn.Module
     depth: CreditDepth
+
+    @property
+    def training(self) -> TrainingGraph:
+        """The training graph. Raises InputError for a rule that runs no schedule."""
+        require_schedule(self.options.rule)
+        assert self.emitted is not None
+        return self.emitted
+
+    @cached_property
+    def engine(self) -> Engine | None:
+        """What runs a training step of a rule without a schedule."""
+        make = ENGINES.get(self.options.rule.engine)
+        return make(Nodes(self.graph, self.traced, self.model), self.options.rule, self.error_weights) if make else None
 
     @cached_property
     def passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -194,8 +209,20 @@ def finish(
     """What runs a scheduled graph; new feedback maps are added to `error_weights`."""
     _add_feedback(graph, options.rule, model, error_weights)
     depth = CreditDepth()
-    training = emit(graph, traced, model, options.rule, error_weights, depth=depth)
+    scheduled = options.rule.engine == "schedule"
+    training = emit(graph, traced, model, options.rule, error_weights, depth=depth) if scheduled else None
     return Compiled(model, options, traced, graph, records, training, error_weights, depth)
+
+
+def require_schedule(rule: Rule) -> None:
+    """Raise InputError for a rule whose training step is not one forward pass and one error pass."""
+    if rule.engine != "schedule":
+        raise InputError(
+            f"the rule {rule.name!r} does not train by loss.backward()",
+            why="a training step of it is not one forward pass and one error pass",
+            remedy=f"step = graphlocal.train_step(local, loss_fn, optimizer), then {rule.call} for each batch; "
+            "local.eval() or torch.no_grad() give the model itself",
+        )
 
 
 def passes(options: Options) -> tuple[Any, ...]:
@@ -205,7 +232,7 @@ def passes(options: Options) -> tuple[Any, ...]:
         Partition(options.partition, options.rule.depth),
         InsertErrorNeurons(),
         InsertSkipErrors(options.rule, options.skip_errors),
-        Schedule(options.streams),
+        *([Schedule(options.streams)] if options.rule.engine == "schedule" else []),
     )
 
 
@@ -262,6 +289,9 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
         twin = rule.initial_twin(tensors[parameter], generator)
         if twin is not None:
             _register(error_weights, twin_name(parameter), twin, rule)
+    for name, value in rule.buffers(graph).items():
+        if not hasattr(error_weights, name):
+            error_weights.register_buffer(name, value.to(example.device, example.dtype))
 
 
 def _add_heads(graph: LocalGraph, rule: Rule, example: torch.Tensor, error_weights: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import Binder, ExampleInputs
 from graphlocal.artefact.write import write_model
-from graphlocal.compiler import COMPUTED, Compiled, Options, build
+from graphlocal.compiler import COMPUTED, Compiled, Options, build, require_schedule
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.execution import Run
 from graphlocal.ir import LocalGraph
@@ -158,21 +158,29 @@ class LocalModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled() and self._learns()):
             return self.original(*args, **kwargs)
+        require_schedule(self.options.rule)
         leaves, spec = self._binder.flatten(args, kwargs)
         compiled, run = self._forward_pass(leaves, spec, fused=False)
         return self._unflatten(compiled, LocalStep(self, compiled, run, leaves).attach())
 
     def _forward_pass(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Run]:
         """Run all subgraphs of the compilation that fits the call and its data."""
+        run: tuple[Compiled, Run] = self._run_fitting(leaves, spec, lambda c: c.execution.run(leaves, fused))
+        return run
+
+    def _run_fitting(
+        self, leaves: list[Any], spec: pytree.TreeSpec, run: Callable[[Compiled], Any]
+    ) -> tuple[Compiled, Any]:
+        """The compilation that fits a call and its data, and what `run` returns for it."""
         if [_children(module) for module in self._watched] != self._structure:
             self._cache.clear()  # a layer was replaced
             self._watch()
         for compiled in self._fitting(leaves, spec):
             if not compiled.guarded:
                 with self._lag.watching():
-                    return compiled, compiled.execution.run(leaves, fused)
+                    return compiled, run(compiled)
             with suppress(GuardFailure), undone_on(GuardFailure, self.original):
-                return compiled, compiled.execution.run(leaves, fused)
+                return compiled, run(compiled)
         raise LocalTrainingError(
             f"{self.compiled.graph.name} takes another path through its forward than when it was recorded just before",
             why="its control flow depends on more than the inputs, parameters, buffers and torch's random numbers",
@@ -378,7 +386,7 @@ def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], norms: d
         )
     bad = {name for name, norm in norms.items() if bool(norm.isnan())}
     order = [compiled.graph.subgraphs[a.subgraph - 1] for a in compiled.graph.schedule if a.kind == "D"]
-    subgraph = next(s for s in order if bad.intersection(s.states))
+    subgraph = next(s for s in (order or reversed(compiled.graph.subgraphs)) if bad.intersection(s.states))
     raise LocalTrainingError(
         f"the local error of subgraph {subgraph.name!r} is not a number",
         where=compiled.graph.operation[subgraph.operations[0]].source,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
+from graphlocal.goals import ClassCodes
 from graphlocal.partial_optimizer import PartialOptimizer
+from graphlocal.rules import Rule
 from graphlocal.runtime import LocalModule, require_finite, update_norms
+from graphlocal.targets.nodes import StepCall
 
 ERROR_WEIGHTS = "error_weights."
 """What the names of the feedback maps start with."""
@@ -23,10 +26,15 @@ TOGETHER = 100_000
 LossFunction = Callable[[Any, Any], Tensor]
 
 
-def train_step(local: LocalModule, loss_fn: LossFunction, optimizer: torch.optim.Optimizer) -> TrainStep:
+def train_step(
+    local: LocalModule,
+    loss_fn: LossFunction | ClassCodes | Sequence[ClassCodes],
+    optimizer: torch.optim.Optimizer | None,
+) -> TrainStep:
     """The fused form of a training step: `step(x, y) -> loss`.
 
-    loss_fn: `loss_fn(output, y)`, a scalar. optimizer: any of torch.optim's that can update some parameters
+    loss_fn: `loss_fn(output, y)`, a scalar; for the rule nlp also a goal, or several. optimizer (None for rules that
+    need none): any of torch.optim's that can update some parameters
     without the others. Every subgraph's parameters are updated, and its gradients and activations freed, as
     soon as its error is known (small ones together: `TOGETHER`); `p.grad` is never set. Parameters that several
     subgraphs share are updated after the last of them. Learning-rate schedulers and optimizer hooks work as
@@ -40,23 +48,38 @@ def train_step(local: LocalModule, loss_fn: LossFunction, optimizer: torch.optim
 class TrainStep:
     """Made by `train_step`; call it once a batch."""
 
-    def __init__(self, local: LocalModule, loss_fn: LossFunction, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        local: LocalModule,
+        loss_fn: LossFunction | ClassCodes | Sequence[ClassCodes],
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
         if not isinstance(local, LocalModule):
             raise InputError("train_step needs a compiled model", remedy="pass graphlocal.compile(model, ...)")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise InputError("LBFGS evaluates the loss several times a step, which a fused step can't")
-        self.local, self.loss_fn, self.optimizer = local, loss_fn, optimizer
+        rule = local.options.rule
+        self.local, self.optimizer = local, optimizer
+        self.goals, self.loss_fn = _goals(loss_fn, rule)
+        self._parts: dict[tuple[Compiled, tuple[str, ...]], PartialOptimizer] = {}
+        self.memory: dict[str, Any] = {}
+        if optimizer is None and not rule.needs_optimizer:
+            return
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InputError(
+                f"the optimizer is a {type(optimizer).__name__}", remedy="pass one, such as torch.optim.Adam(...)"
+            )
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in owned for p in local.parameters()):
             raise InputError(
                 "the optimizer holds none of the model's parameters",
                 remedy="make it from local.parameters() (or model.parameters())",
             )
-        self._parts: dict[tuple[Compiled, tuple[str, ...]], PartialOptimizer] = {}
 
-    def __call__(self, x: Any, y: Any) -> Tensor:
+    def __call__(self, x: Any, y: Any, *, index: Tensor | None = None) -> Tensor:
         """Train on one batch; x: a tensor, a tuple (or list) of positional inputs, or a dict of keyword inputs.
 
+        index: the samples' numbers in the data set, int64 [batch]; rules without a memory for each sample ignore it.
         Returns the loss (detached). Raises LocalTrainingError if the loss, or after the step an update, is not a
         number.
         """
@@ -66,6 +89,8 @@ class TrainStep:
         with torch.enable_grad():
             leaves, spec = self.local._binder.flatten(args, kwargs)
             leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            if self.local.options.rule.engine != "schedule":
+                return self._run_engine(leaves, spec, y, index)
             compiled, run = self.local._forward_pass(leaves, spec, fused=True)
             loss, errors = self._loss(compiled, run.outputs, y)
         norms: dict[str, Tensor] = {}
@@ -92,11 +117,30 @@ class TrainStep:
             require_finite(compiled, errors, norms)
         return loss
 
+    def _run_engine(self, leaves: list[Any], spec: Any, y: Any, index: Tensor | None) -> Tensor:
+        def run(compiled: Compiled) -> tuple[Tensor, dict[str, Tensor]]:
+            assert compiled.engine is not None
+            call = StepCall(lambda flat: self._loss(compiled, flat, y), self.goals, y, index, self.memory)
+            return compiled.engine.step(leaves, call)
+
+        loss: Tensor
+        compiled, (loss, gradients) = self.local._run_fitting(leaves, spec, run)
+        if self.local.check_finite:
+            require_finite(compiled, (), update_norms(tuple(gradients), tuple(gradients.values())))
+        with torch.no_grad():
+            if (compiled, tuple(gradients)) in self._parts or not self._parts:
+                self._apply(compiled, tuple(gradients), tuple(gradients.values()))
+            else:  # other subgraphs are drawn in every step: one part for each parameter, not for each draw
+                for name, gradient in gradients.items():
+                    self._apply(compiled, (name,), (gradient,))
+        return loss
+
     def _loss(self, compiled: Compiled, outputs: Any, y: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         flat = [
             x.detach().requires_grad_() if taken else x
             for x, taken in zip(outputs, compiled.differentiable, strict=True)
         ]
+        assert self.loss_fn is not None
         loss = self.loss_fn(self.local._unflatten(compiled, flat), y)
         if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
             raise InputError(
@@ -112,7 +156,10 @@ class TrainStep:
 
     def _apply(self, compiled: Compiled, names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
         key = (compiled, names)
+        if not names:
+            return
         if key not in self._parts:
+            assert self.optimizer is not None
             parameters = [self._parameter(name) for name in names]
             self._parts[key] = PartialOptimizer(self.optimizer, parameters)
         self._parts[key].step(gradients)
@@ -121,3 +168,19 @@ class TrainStep:
         if name.startswith(ERROR_WEIGHTS):
             return self.local.get_parameter(name)
         return self.local.original.get_parameter(name)
+
+
+def _goals(
+    loss_fn: LossFunction | ClassCodes | Sequence[ClassCodes], rule: Rule
+) -> tuple[tuple[ClassCodes, ...], LossFunction | None]:
+    """The goals that stand in the place of a loss function, or that function."""
+    goals = (loss_fn,) if isinstance(loss_fn, ClassCodes) else loss_fn
+    if not isinstance(goals, (tuple, list)):
+        if not callable(goals):
+            raise InputError(f"loss_fn is a {type(goals).__name__}", remedy="pass a function of (output, y)")
+        return (), goals
+    if not goals or not all(isinstance(goal, ClassCodes) for goal in goals):
+        raise InputError("loss_fn is a list that holds other things than goals", remedy="pass ClassCodes(...) alone")
+    if rule.engine != "nonlinear":
+        raise InputError(f"the rule {rule.name!r} learns from a loss, not from goals", remedy="pass a loss function")
+    return tuple(goals), None

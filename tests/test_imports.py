@@ -23,10 +23,20 @@ FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphloca
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"arguments", "data", "files", "guards", "ir", "preserve", "source"}),
+    frozenset({"arguments", "data", "files", "goals", "guards", "ir", "preserve", "source"}),
     frozenset({"text", "verify"}),
     frozenset(
-        {"feedback", "partial_optimizer", "statistics_lag", "nn", "unrolled", "normalize", "opaque", "selfcheck"}
+        {
+            "feedback",
+            "partial_optimizer",
+            "statistics_lag",
+            "nn",
+            "unrolled",
+            "normalize",
+            "opaque",
+            "sample_store",
+            "selfcheck",
+        }
     ),
     frozenset({"cache", "record", "trace"}),
     frozenset({"lift", "pipeline", "stored"}),
@@ -38,7 +48,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"artefact"}),
     frozenset({"runtime"}),
     frozenset({"compile", "load"}),
-    frozenset({"alignment", "check", "partition", "recalibrate", "step"}),
+    frozenset({"alignment", "check", "partition", "recalibrate", "representations", "step"}),
     frozenset({"model_spec", "training"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names
     frozenset({"cli", "demo"}),

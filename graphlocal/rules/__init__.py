@@ -10,7 +10,9 @@ from graphlocal.rules.base import Head, Neuron, Rule, features, loss_connections
 from graphlocal.rules.dtp import DifferenceTargetPropagation
 from graphlocal.rules.equilibrium import EquilibriumPropagation, RelaxingRule
 from graphlocal.rules.local_loss import LocalLoss
+from graphlocal.rules.lp import LP
 from graphlocal.rules.lra import LRADiff, LRAFeedback
+from graphlocal.rules.nlp import NLP
 from graphlocal.rules.rec_lra import RecLRA
 from graphlocal.rules.wiring import feedback_along_data, feedback_connection, skip_errors_from_output
 
@@ -28,6 +30,8 @@ RULES: dict[str, type[Rule]] = {
         LocalLoss,
         DifferenceTargetPropagation,
         EquilibriumPropagation,
+        LP,
+        NLP,
     )
 }
 
@@ -50,6 +54,8 @@ def find(rule: str | Rule) -> Rule:
 
 
 __all__ = [
+    "LP",
+    "NLP",
     "RULES",
     "AligningRule",
     "Backprop",

@@ -52,6 +52,8 @@ class Rule(ABC):
     needs_labels: whether its connections of kind `head` take the labels. decodes: whether its feedback maps are
     decoders of representations, with a bias, and not maps of errors (`DecodingRule`). relaxes: whether a step is a
     relaxation of all states at one time (`RelaxingRule`).
+    engine: what runs a training step: `"schedule"`, the actions F, D and U of one pass; or the name of an engine with
+    a loop of its own over the subgraphs, which `graphlocal.train_step` runs. call: how such a step is called.
     """
 
     name: ClassVar[str]
@@ -61,6 +63,8 @@ class Rule(ABC):
     needs_labels: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
     relaxes: ClassVar[bool] = False
+    engine: ClassVar[str] = "schedule"
+    call: ClassVar[str] = "step(x, y)"
 
     def __str__(self) -> str:
         """The rule's class with the options that differ from its defaults."""
@@ -91,6 +95,11 @@ class Rule(ABC):
         """Whether the error of a representation takes evaluating its readers again."""
         return self.inner_steps > 1
 
+    @property
+    def needs_optimizer(self) -> bool:
+        """Whether a training step hands gradients to an optimizer."""
+        return True
+
     @abstractmethod
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         """The connections of the error graph, given subgraphs and error neurons."""
@@ -119,6 +128,10 @@ class Rule(ABC):
         """The twin B of a weight, in its shape, at one step."""
         assert stored is not None
         return stored
+
+    def buffers(self, graph: LocalGraph) -> dict[str, Tensor]:
+        """Tensors that the rule keeps with the compiled model, among the feedback maps, as they are at first."""
+        return {}
 
     def feedback_cotangent(self, neuron: Neuron, displacement: Tensor) -> Tensor | None:
         """C such that E's update is mean(C eᵀ), with e the source's error; None keeps E fixed."""
