@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from graphlocal.arguments import Arguments
 from graphlocal.errors import InputError
 from graphlocal.feedback import weight_names
+from graphlocal.fitting import STEPS, fitted_buffers
 from graphlocal.guards import has_guards
 from graphlocal.ir import LocalGraph
 from graphlocal.lift import lift
@@ -26,7 +27,7 @@ from graphlocal.passes.policies import Policy
 from graphlocal.passes.schedule import Schedule
 from graphlocal.passes.skip_errors import InsertSkipErrors
 from graphlocal.pipeline import PassRecord, run
-from graphlocal.rules import Rule
+from graphlocal.rules import Backprop, Rule
 from graphlocal.targets.bodies import twin_name
 from graphlocal.targets.eager import emit
 from graphlocal.targets.flat import flatten
@@ -49,7 +50,8 @@ class Options:
 class Compiled:
     """A model compiled for one kind of call.
 
-    records: what each pass did. error_weights: holds the feedback maps E, and outlives this object.
+    records: what each pass did. error_weights: holds the feedback maps E, and outlives this object. fits: on a
+    `calibration`, the graph whose maps it fits.
     """
 
     model: nn.Module
@@ -59,6 +61,15 @@ class Compiled:
     records: tuple[PassRecord, ...]
     training: TrainingGraph
     error_weights: nn.Module
+    fits: LocalGraph | None = None
+
+    @cached_property
+    def calibration(self) -> Compiled:
+        """The same subgraphs with the wiring of backpropagation, whose true gradients this graph's maps are fitted to."""
+        wired = replace(self.graph, connections=Backprop().connect(self.graph), schedule=())
+        graph, _ = run(wired, (Schedule(self.options.streams),))
+        training = emit(graph, self.traced, self.model, self.options.rule, self.error_weights, fits=self.graph)
+        return replace(self, graph=graph, records=(), training=training, fits=self.graph)
 
     @cached_property
     def passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -68,8 +79,8 @@ class Compiled:
     @cached_property
     def fused_passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The same, handing every gradient over as soon as it is complete."""
-        fused = emit(self.graph, self.traced, self.model, self.options.rule, self.error_weights, fused=True)
-        return split(fused)
+        rule, weights = self.options.rule, self.error_weights
+        return split(emit(self.graph, self.traced, self.model, rule, weights, fused=True, fits=self.fits))
 
     @cached_property
     def run_passes(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -200,7 +211,8 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
     """Draw each new E and each new twin; they depend on torch's seed, and the random stream is not moved."""
     example = next(p for p in model.parameters() if p.is_floating_point())
     names = weight_names(graph)
-    for i, connection in enumerate(c for c in graph.connections if c.kind == "feedback"):
+    _add_fitted(graph, example, error_weights)
+    for i, connection in enumerate(c for c in graph.connections if c.kind == "feedback" and not c.fitted):
         generator = torch.Generator().manual_seed((torch.initial_seed() + 7919 * (i + 1)) % 2**63)
         for name, shape in zip(names[connection.name], pairwise(connection.weight), strict=True):
             value = rule.initial_feedback(replace(connection, weight=shape), generator)
@@ -215,6 +227,18 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
         twin = rule.initial_twin(tensors[parameter], generator)
         if twin is not None and not hasattr(error_weights, twin_name(parameter)):
             _register(error_weights, twin_name(parameter), twin, rule)
+
+
+def _add_fitted(graph: LocalGraph, example: torch.Tensor, error_weights: nn.Module) -> None:
+    """The buffers of fitted maps, all zero, and the count of steps."""
+    buffers = fitted_buffers(graph)
+    dtype = torch.promote_types(example.dtype, torch.float32)
+    for name, shape in buffers.items():
+        known = getattr(error_weights, name, None)
+        if known is None or known.shape != shape:
+            error_weights.register_buffer(name, torch.zeros(shape, device=example.device, dtype=dtype))
+    if buffers and not hasattr(error_weights, STEPS):
+        error_weights.register_buffer(STEPS, torch.zeros((), dtype=torch.int64, device=example.device))
 
 
 def _register(error_weights: nn.Module, name: str, value: torch.Tensor, rule: Rule) -> None:

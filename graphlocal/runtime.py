@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from graphlocal.arguments import Binder, ExampleInputs
 from graphlocal.compiler import COMPUTED, Compiled, Options, build
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
+from graphlocal.fitting import STEPS
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import undone_on
 from graphlocal.statistics_lag import StatisticsLag
@@ -31,12 +32,14 @@ class LocalModule(nn.Module):
     In evaluation mode, or without gradients, it *is* the original model.
 
     original: the user's model, trained in place. error_weights: the feedback maps E. check_finite: raise
-    LocalTrainingError, naming the subgraph, when an update is not a number.
+    LocalTrainingError, naming the subgraph, when an update is not a number. calibrating: for rules with calibration
+    steps (`rule="auto"`): None lets every N-th forward pass in training mode be one, True or False all or none.
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, options: Options) -> None:
         super().__init__()
         self.check_finite = True
+        self.calibrating: bool | None = None
         self.options = options
         binder = Binder(model)
         arguments = binder.example(example_inputs)
@@ -101,7 +104,9 @@ class LocalModule(nn.Module):
         if [_children(module) for module in self._watched] != self._structure:
             self._cache.clear()  # a layer was replaced
             self._watch()
-        for compiled in self._fitting(leaves, spec):
+        due = self._calibration_is_due()
+        for fitting in self._fitting(leaves, spec):
+            compiled = fitting.calibration if due else fitting
             first_pass = (compiled.run_fused_passes if fused else compiled.run_passes)[0]
             if not compiled.guarded:
                 with self._lag.watching():
@@ -113,6 +118,18 @@ class LocalModule(nn.Module):
             why="its control flow depends on more than the inputs, parameters, buffers and torch's random numbers",
             remedy="put the deciding part into a submodule of its own, which then runs as an opaque leaf",
         )
+
+    def _calibration_is_due(self) -> bool:
+        """Whether this step is a calibration; counts it."""
+        calibration = self.options.rule.calibration
+        steps = getattr(self.error_weights, STEPS, None)
+        if calibration is None or steps is None:
+            return False
+        if self.calibrating is not None:
+            return self.calibrating
+        done = int(steps)
+        steps.add_(1)
+        return done % calibration.every == 0
 
     def _fitting(self, leaves: list[Any], spec: pytree.TreeSpec) -> Iterator[Compiled]:
         """The compilations for calls like this one, the last used first; at last a new one."""

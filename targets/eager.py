@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from graphlocal.feedback import layout, weight_names
+from graphlocal.fitting import feedback_map, fitted_groups, moment_names
 from graphlocal.ir import Connection, LocalGraph, Representation, Subgraph
 from graphlocal.rules import Rule
 from graphlocal.targets.bodies import (
@@ -34,6 +35,7 @@ from graphlocal.targets.bodies import (
     twin_name,
     twins_read,
 )
+from graphlocal.targets.calibration import AtPreactivation, Fit
 from graphlocal.targets.training_graph import TrainingGraph, assemble
 from graphlocal.targets.twins import Twin
 from graphlocal.trace import TracedModel
@@ -69,18 +71,21 @@ def emit(
     rule: Rule,
     error_weights: nn.Module,
     fused: bool = False,
+    fits: LocalGraph | None = None,
 ) -> TrainingGraph:
     """The training graph of a scheduled graph.
 
     error_weights: holds the feedback maps, under `weight_names(graph)`. fused: hand each gradient to a further
-    argument `apply(names, gradients)` as soon as it is complete, instead of returning them all.
+    argument `apply(names, gradients)` as soon as it is complete, instead of returning them all. fits: a graph with the
+    same subgraphs, whose fitted feedback maps are fitted to this one's gradients.
     """
-    return _Emitter(graph, traced, model, rule, error_weights, fused).emit()
+    return _Emitter(graph, traced, model, rule, error_weights, fused, fits).emit()
 
 
 class _Emitter:
     def __init__(self, graph: LocalGraph, traced: TracedModel, model: nn.Module, rule: Rule,
-                 error_weights: nn.Module, fused: bool) -> None:  # fmt: skip
+                 error_weights: nn.Module, fused: bool, fits: LocalGraph | None) -> None:  # fmt: skip
+        self.fits, self.gated = fits, dict[str, fx.Node]()  # gated: errors at the pre-activation
         self.graph, self.traced, self.model, self.rule, self.fused = graph, traced, model, rule, fused
         self.fx = fx.Graph()
         self.modules: dict[str, nn.Module] = {}
@@ -97,7 +102,7 @@ class _Emitter:
         self.twins: dict[str, fx.Node] = {}
         self.gradients: dict[str, list[fx.Node]] = {}  # contributions to each parameter and E
         self.input_gradients: dict[str, list[fx.Node]] = {}
-        self.weight_names = weight_names(graph)
+        self.weight_names = weight_names(fits or graph)
         self.waiting = Counter(f"error_weights.{names[0]}" for names in self.weight_names.values())  # E's connections
         self.output_error: fx.Node | None = None
         self.last_user = {
@@ -123,6 +128,7 @@ class _Emitter:
         for kind, subgraph in actions:
             if kind == "D":
                 self._displace(subgraph)
+                self._fit(subgraph)
             elif kind == "U":
                 self._update(subgraph)
         return self._finish()
@@ -236,13 +242,45 @@ class _Emitter:
             return [self.call(operator.getitem, self.output_error, i) for i in positions]
         if connection.kind == "vjp":
             return [self.messages[connection.name]] if connection.name in self.messages else []
-        error = self.errors.get(connection.source_value)
+        error = self._error_read(connection)
         if error is None:
             return []
         factors = [self._get(f"error_weights.{name}") for name in self.weight_names[connection.name]]
-        module = Feedback(layout(self.graph, connection))
+        module = Feedback(feedback_map(self.graph, connection))
         name = f"d_{connection.value}_from_{connection.source_value}"
         return [self.call_module(name, module, error, self.attached[connection.value], *factors)]
+
+    def _error_read(self, connection: Connection) -> fx.Node | None:
+        """The error that a feedback map reads; a fitted one reads it at the pre-activation."""
+        value = connection.source_value
+        error, output = self.errors.get(value), self.graph.representation[value]
+        tail = self.graph.tail(output)
+        if error is None or not connection.fitted or not tail:
+            return error
+        if value not in self.gated:
+            phi = tail_function(self.traced.module, tail, output.preactivation)
+            h = self.attached[output.preactivation]
+            self.gated[value] = self.call_module(f"gated_{value}", AtPreactivation(phi), h, error)
+        return self.gated[value]
+
+    def _fit(self, subgraph: Subgraph) -> None:
+        """Fit the maps of the subgraph's values to what of its gradient does not come by exact messages."""
+        if self.fits is None or self.rule.calibration is None:
+            return
+        exact = {c.name for c in self.fits.connections if c.exact}
+        groups = fitted_groups(self.fits)
+        for output in subgraph.outputs:
+            group = groups.get(output.value, ())
+            sent = [c for c in self.graph.incoming(subgraph.name) if c.value == output.value and c.name not in exact]
+            gradient = self._sum([m for c in sent for m in self._message(c)])
+            errors = [self._error_read(c) for c in group]
+            if not group or gradient is None or None in errors:
+                continue
+            maps = [feedback_map(self.fits, c) for c in group]
+            names = [*moment_names(output.value), *(self.weight_names[c.name][0] for c in group)]
+            second, cross, *weights = [self._get(f"error_weights.{name}") for name in names]
+            module = Fit(self.rule.calibration, maps, output.axis)
+            self.call_module(f"fit_{output.value}", module, gradient, second, cross, *errors, *weights)
 
     def _sum(self, nodes: list[fx.Node]) -> fx.Node | None:
         if len(nodes) < 2:

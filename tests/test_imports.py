@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"arguments", "data", "guards", "ir", "preserve", "source"}),
     frozenset({"text", "verify"}),
-    frozenset({"feedback", "statistics_lag", "nn", "unrolled", "normalize", "opaque", "selfcheck"}),
+    frozenset({"feedback", "fitting", "statistics_lag", "nn", "unrolled", "normalize", "opaque", "selfcheck"}),
     frozenset({"cache", "record", "trace"}),
     frozenset({"lift", "pipeline"}),
     frozenset({"rules"}),

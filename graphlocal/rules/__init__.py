@@ -5,15 +5,18 @@ from __future__ import annotations
 from graphlocal.errors import InputError, nearest
 from graphlocal.rules.alignment import DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetric
 from graphlocal.rules.backprop import Backprop
-from graphlocal.rules.base import Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.base import Calibration, Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.calibrated import Calibrated
 from graphlocal.rules.lra import LRAFeedback
 from graphlocal.rules.rec_lra import RecLRA
 from graphlocal.rules.wiring import feedback_along_data, feedback_connection, skip_errors_from_output
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
-    for rule in (Backprop, RecLRA, LRAFeedback, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack, SignSymmetric)
-}
+    for rule in (
+        Backprop, Calibrated, RecLRA, LRAFeedback, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack, SignSymmetric,
+    )
+}  # fmt: skip
 
 
 def find(rule: str | Rule) -> Rule:
@@ -36,6 +39,8 @@ def find(rule: str | Rule) -> Rule:
 __all__ = [
     "RULES",
     "Backprop",
+    "Calibrated",
+    "Calibration",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
     "KolenPollack",

@@ -33,6 +33,19 @@ class Neuron:
     phi: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """When and how fitted feedback maps are fitted: every `every`-th step, by the ridge regression of `fitting`.
+
+    rows: the most positions (about) that one step takes into the regression.
+    """
+
+    every: int
+    forgetting: float
+    ridge: float
+    rows: int
+
+
 class Rule(ABC):
     """Base class of learning rules.
 
@@ -60,6 +73,11 @@ class Rule(ABC):
     @property
     def learns_feedback(self) -> bool:
         return False
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """For rules that draw `fitted` connections: on which steps the model learns by backpropagation and E is fitted."""
+        return None
 
     @abstractmethod
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:

@@ -86,10 +86,10 @@ def _exact_paths(graph: LocalGraph, max_source_features: int) -> tuple[list[Conn
             if connection.target not in pending:
                 pending.append(connection.target)
     known = {c.name for c in connections}
-    return [*connections, *(c for c in _from_readers(graph) if c.name not in known)], sources
+    return [*connections, *(c for c in values_from_parameters(graph) if c.name not in known)], sources
 
 
-def _from_readers(graph: LocalGraph) -> list[Connection]:
+def values_from_parameters(graph: LocalGraph) -> list[Connection]:
     """The derivatives that subgraphs send back to values which depend on no input of the model."""
     given = {item.name for item in graph.inputs}
     for op in graph.operations:

@@ -139,7 +139,7 @@ def _kind_problem(graph: LocalGraph, connection: Connection) -> str | None:
         if len(connection.weight) not in (2, 3):
             return "a feedback map has two sizes, target and source features, and a rank between them if it has factors"
         return "a feedback map is never exact" if connection.exact else None
-    if connection.source_value or connection.weight:
+    if connection.source_value or connection.weight or connection.window or connection.fitted:
         return f"a {connection.kind} connection has neither a source value nor a feedback map"
     if connection.kind == "loss" and connection.value not in graph.outputs:
         return f"the model does not return {connection.value!r}"
