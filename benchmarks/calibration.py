@@ -1,8 +1,8 @@
 """The calibrated rule (`rule="auto"`) on a convnet, a vision transformer and a character language model.
 
-Beside backpropagation, at equal epochs and with two controls: learning on every tenth step only (`only true steps`), and
-backpropagation in which all but the last block and the head learn on every tenth step only (`lower blocks on true steps
-only`). Every run has its own seed; all rules of a seed start from the same weights and see the same batches.
+Beside backpropagation, at equal epochs and with two controls: learning on every tenth step only (`only true steps`),
+and backpropagation in which all but the last block and the head learn on every tenth step only (`lower blocks on
+true steps only`). Every run has its own seed; all rules of a seed start from the same weights and see the same batches.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: batch x tokens x width."""
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         y: Tensor = x + self.mlp(self.norm2(x))
@@ -128,7 +130,7 @@ class Task:
     lr: float = 1e-3
 
 
-def characters(context: int = 64, train: int = 16_000, test: int = 2_000) -> Dataset:
+def characters(context: int = 64, train: int = 6_000, test: int = 1_000) -> Dataset:
     """Pieces of Python's own documentation, as it ships with the interpreter, and the characters that follow."""
     text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
     known = sorted(set(text))
@@ -237,7 +239,9 @@ def run(task: Task, seed: int, wanted: list[str]) -> dict[str, tuple[float, floa
                 steps += 1
         seconds = time.perf_counter() - clock
         found[name] = test_error(model, task.data), 1000 * seconds / steps
-        print(f"seed {seed} {name}: {found[name][0]:.2f} %, {found[name][1]:.1f} ms a step", file=sys.stderr, flush=True)
+        print(
+            f"seed {seed} {name}: {found[name][0]:.2f} %, {found[name][1]:.1f} ms a step", file=sys.stderr, flush=True
+        )
     return found
 
 
@@ -260,7 +264,9 @@ def main() -> None:
             errors = [found[rule][0] for found in runs]
             gap = statistics.mean(errors) - statistics.mean(found[wanted[0]][0] for found in runs)
             goal = f"within {task.goal:g}: {'met' if gap <= task.goal else 'missed'}" if rule == "auto" else ""
-            rows.append([rule, f"{statistics.mean(errors):.2f}", ", ".join(f"{e:.2f}" for e in errors), f"{gap:+.2f}", goal])
+            rows.append(
+                [rule, f"{statistics.mean(errors):.2f}", ", ".join(f"{e:.2f}" for e in errors), f"{gap:+.2f}", goal]
+            )
         tables.append(f"## {task.title}\n\n" + report.table(["rule", "test error %", "seeds", "gap", "goal"], rows))
     if arguments.task or arguments.rule:
         print("\n\n".join(tables))

@@ -65,7 +65,7 @@ class Compiled:
 
     @cached_property
     def calibration(self) -> Compiled:
-        """The same subgraphs with the wiring of backpropagation, whose true gradients this graph's maps are fitted to."""
+        """The same subgraphs wired for backpropagation, to whose true gradients this graph's maps are fitted."""
         wired = replace(self.graph, connections=Backprop().connect(self.graph), schedule=())
         graph, _ = run(wired, (Schedule(self.options.streams),))
         training = emit(graph, self.traced, self.model, self.options.rule, self.error_weights, fits=self.graph)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphlocal.feedback import Layout, layout, target_rows, weight_names
+from graphlocal.feedback import Layout, layout, weight_names
 from graphlocal.ir import Connection, LocalGraph
 
 STEPS = "calibration_steps"
@@ -78,7 +78,7 @@ class WindowLayout:
             placed[:, :, :: strides[0], :: strides[1]] = error
             return placed
         if any(n > m for n, m in zip(given, size, strict=True)):
-            return F.adaptive_avg_pool2d(error, size)
+            return F.adaptive_avg_pool2d(error, (size[0], size[1]))
         return F.interpolate(error, size=size)
 
 
@@ -159,9 +159,3 @@ def thinned(rows: int, positions: int, most: int) -> int:
     while stride > 1 and math.gcd(stride, positions) > 1:
         stride += 1
     return stride
-
-
-__all__ = [
-    "STEPS", "WindowLayout", "feedback_map", "fitted_buffers", "fitted_groups", "inputs_read", "moment_names",
-    "refit", "target_rows", "thinned",
-]  # fmt: skip

@@ -14,7 +14,8 @@ from graphlocal.rules.wiring import feedback_along_data, feedback_connection, sk
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
     for rule in (
-        Backprop, Calibrated, RecLRA, LRAFeedback, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack, SignSymmetric,
+        Backprop, Calibrated, RecLRA, LRAFeedback, FeedbackAlignment, DirectFeedbackAlignment, KolenPollack,
+        SignSymmetric,
     )
 }  # fmt: skip
 

@@ -76,7 +76,7 @@ class Rule(ABC):
 
     @property
     def calibration(self) -> Calibration | None:
-        """For rules that draw `fitted` connections: on which steps the model learns by backpropagation and E is fitted."""
+        """For rules that draw `fitted` connections: when the model learns by backpropagation, and E is fitted."""
         return None
 
     @abstractmethod
