@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"arguments", "data", "guards", "ir", "preserve", "source"}),
     frozenset({"text", "verify"}),
-    frozenset({"feedback", "fitting", "statistics_lag", "nn", "unrolled", "normalize", "opaque", "selfcheck"}),
+    frozenset({"cost", "feedback", "fitting", "statistics_lag", "nn", "unrolled", "normalize", "opaque", "selfcheck"}),
     frozenset({"cache", "record", "trace"}),
     frozenset({"lift", "pipeline"}),
     frozenset({"rules"}),
@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"runtime"}),
     frozenset({"compile"}),
     frozenset({"alignment", "check", "partition", "recalibrate", "step"}),
-    frozenset({"model_spec", "training"}),
+    frozenset({"model_spec", "sweep", "training"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names
     frozenset({"cli", "demo"}),
     frozenset({"__main__"}),
