@@ -1,7 +1,7 @@
 """What a training step costs after the loss, action by action, and how much of it must run in a row.
 
 The cost of an action is in FLOPs of the example batch, as the traced operations have them (matrix products and
-convolutions; elementwise work counts nothing):
+convolutions, and one for each element of what other operations make):
 
 - `U`: a subgraph's own vector-Jacobian product. Each operation costs its forward FLOPs once for every operand that
   needs a gradient: its trainable parameters, values that depend on such parameters inside the subgraph, and inputs
