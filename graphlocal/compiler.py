@@ -172,7 +172,7 @@ def build(
 def passes(options: Options) -> tuple[Any, ...]:
     """The passes that `options` stand for, in order."""
     return (
-        *([FindDiscreteUnits()] if options.rule.passes_discrete else []),
+        *([FindDiscreteUnits(options.rule.passes_squashing)] if options.rule.passes_discrete else []),
         Partition(options.partition, options.rule.depth),
         InsertErrorNeurons(),
         InsertSkipErrors(options.rule, options.skip_errors),

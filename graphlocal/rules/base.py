@@ -52,13 +52,13 @@ class Rule(ABC):
     feeds: where `local_error` enters the subgraph's own vector-Jacobian product: at the `"preactivation"` h
     (no derivative of phi) or at the `"representation"` z. depth: levels of the partition tree that the rule
     works on. feedback: whether its connections may carry feedback maps E. learns_feedback: whether those are
-    trained. passes_discrete: whether errors pass by discrete and stochastic units, which have no derivative.
+    trained. passes_discrete: whether errors pass by discrete and stochastic units, which have no derivative;
+    passes_squashing: and by a sigmoid or tanh that such a unit is applied to.
     """
 
     name: ClassVar[str]
     depth: int = 1
     feedback: ClassVar[bool] = True
-    passes_discrete: ClassVar[bool] = True
 
     def __str__(self) -> str:
         """The rule's class with the options that differ from its defaults."""
@@ -72,6 +72,14 @@ class Rule(ABC):
 
     @property
     def learns_feedback(self) -> bool:
+        return False
+
+    @property
+    def passes_discrete(self) -> bool:
+        return True
+
+    @property
+    def passes_squashing(self) -> bool:
         return False
 
     @property
