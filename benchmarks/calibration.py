@@ -104,7 +104,7 @@ class VisionTransformer(nn.Module):
 class CharacterModel(nn.Module):
     """A causal transformer over characters."""
 
-    def __init__(self, vocabulary: int, context: int = 64, width: int = 64, depth: int = 4) -> None:
+    def __init__(self, vocabulary: int, context: int = 32, width: int = 64, depth: int = 4) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.randn(1, context, width) * 0.02)
@@ -130,7 +130,7 @@ class Task:
     lr: float = 1e-3
 
 
-def characters(context: int = 64, train: int = 6_000, test: int = 1_000) -> Dataset:
+def characters(context: int = 32, train: int = 6_000, test: int = 1_000) -> Dataset:
     """Pieces of Python's own documentation, as it ships with the interpreter, and the characters that follow."""
     text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
     known = sorted(set(text))
@@ -152,8 +152,8 @@ def tasks(data_dir: str | None) -> dict[str, Task]:
                         ConvNet, convnet, 2, 2.0),
         "vit": Task("ViT, width 48, 4 blocks, Fashion-MNIST 5,000 images, 2 epochs", VisionTransformer, vit, 2, 5.0),
         "characters": Task(
-            f"Character model, width 64, 4 blocks, {len(text.train_x):,} pieces of 64 characters, 2 epochs",
-            lambda: CharacterModel(len(text.classes)), text, 2, 5.0),
+            f"Character model, width 64, 4 blocks, {len(text.train_x):,} pieces of 32 characters, 2 epochs",
+            lambda: CharacterModel(len(text.classes)), text, 2, 5.0, lr=3e-3),
     }  # fmt: skip
 
 

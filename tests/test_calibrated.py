@@ -163,6 +163,23 @@ def test_no_derivative_crosses_a_boundary_but_the_output_s():
     assert parse(to_text(graph)) == graph
 
 
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return torch.softmax(self.head(z), -1).transpose(1, 2)
+
+
+def test_the_error_of_the_last_representation_is_exact_also_below_a_head_that_ends_in_other_operations():
+    graph = graphlocal.compile(Transposed(), example_inputs=(torch.randn(3, 4, 6),), rule="auto").graph
+    kinds = [(c.source.split(".")[0], c.target, c.kind) for c in graph.connections if c.kind != "loss"]
+    assert ("head", "second", "vjp") in kinds
+    assert {(source, target) for source, target, kind in kinds if kind == "feedback"} == {("second", "first")}
+
+
 # Where linear maps are exact
 
 

@@ -31,6 +31,9 @@ class Calibrated(Rule):
     where E would read more values than this for each position. forgetting, ridge, rows: of the regression; rows
     bounds how many positions a step takes into it.
 
+    Cut between blocks: with `partition="leaf"` it learned badly on convnets with BatchNorm, and its chain of maps is
+    longer than backpropagation's.
+
     Each value keeps the second moments of what its maps read, (inputs x inputs) numbers. E starts at zero and is
     fitted in the first step. Raises InputError for options out of range.
     """
@@ -107,7 +110,8 @@ class Calibrated(Rule):
 def _output_error(graph: LocalGraph) -> tuple[list[Connection], set[str]]:
     """The loss's gradient, and the derivatives by which the last subgraphs hand it to what they read.
 
-    So do subgraphs without parameters that only those read. Returns the connections and who sends.
+    The last subgraphs with parameters on each way do, and those without parameters above them and just below them,
+    as far as nothing else reads them. Returns the connections and who sends.
     """
     connections = list(loss_connections(graph))
     readers = {
@@ -115,12 +119,15 @@ def _output_error(graph: LocalGraph) -> tuple[list[Connection], set[str]]:
         for name in graph.neuron
     }
     pending = [name for name in dict.fromkeys(c.target for c in connections) if not readers[name]]
+    past_parameters: set[str] = set()
     for name in pending:  # grows while it is walked
+        if graph.trainable(graph.subgraph[name]) or readers[name] & past_parameters:
+            past_parameters.add(name)
         for connection in vjp_connections(graph, name):
             connections.append(connection)
             target = connection.target
-            idle = not graph.trainable(graph.subgraph[target]) and readers[target] <= set(pending)
-            if idle and target not in pending:
+            hands_on = name not in past_parameters or not graph.trainable(graph.subgraph[target])
+            if hands_on and target not in pending and readers[target] <= set(pending):
                 pending.append(target)
     known = {c.name for c in connections}
     return [*connections, *(c for c in values_from_parameters(graph) if c.name not in known)], set(pending)
