@@ -106,11 +106,9 @@ def draw(points: Sequence[Point], path: Path, title: str = "") -> None:
         if rule == "backprop":
             axes.axhline(mine[0].test_error, color=color, linestyle="--", linewidth=1)
             continue
-        for point in mine:
-            label = f"{point.partition} ({point.subgraphs} subgraphs)"
-            left = point.path > 0.75 * max(p.path for p in points)
-            axes.annotate(label, (point.path, point.test_error), textcoords="offset points", fontsize=8, color=color,
-                          xytext=(-8 if left else 8, 5), ha="right" if left else "left")  # fmt: skip
+        for point in mine:  # rules take turns above and below their points, where two of them coincide
+            axes.annotate(point.partition, (point.path, point.test_error), textcoords="offset points", fontsize=9,
+                          color=color, xytext=(0, 8 if i % 2 else -16), ha="center")  # fmt: skip
     axes.set(xlabel="critical path after the loss, relative to backpropagation (left: more parallel)",
              ylabel="test error (%)", title=title)  # fmt: skip
     axes.set_xlim(left=0)
