@@ -48,13 +48,13 @@ def alignment(local: LocalModule, inputs: Any, loss_fn: Callable[[Any], Tensor])
         pairs = zip(parameters, found, strict=True)
         return {name: (g.to_dense() if g.is_sparse else g).double().flatten() for name, g in pairs if g is not None}
 
-    mode = local.training
+    mode, calibrating = local.training, local.calibrating
     with training_mode(local.original):
-        local.training = True
+        local.training, local.calibrating = True, False
         try:
             learned, true = gradients(local), gradients(local.original)
         finally:
-            local.training = mode
+            local.training, local.calibrating = mode, calibrating
     graph = local.graph
     subgraphs = {s.name: [n for n in graph.trainable(s) if n in learned and n in true] for s in graph.subgraphs}
     both = [name for name in learned if name in true]

@@ -17,6 +17,7 @@ from graphlocal.arguments import Arguments
 from graphlocal.errors import InputError
 from graphlocal.execution import Execution
 from graphlocal.feedback import weight_names
+from graphlocal.fitting import STEPS, fitted_buffers
 from graphlocal.guards import has_guards
 from graphlocal.ir import LocalGraph
 from graphlocal.lift import lift
@@ -27,7 +28,7 @@ from graphlocal.passes.policies import Policy
 from graphlocal.passes.schedule import Schedule
 from graphlocal.passes.skip_errors import InsertSkipErrors
 from graphlocal.pipeline import PassRecord, run
-from graphlocal.rules import Rule
+from graphlocal.rules import Backprop, Rule
 from graphlocal.stored import StoredModel
 from graphlocal.targets.bodies import twin_name
 from graphlocal.targets.decoders import bias_name
@@ -63,7 +64,7 @@ class Compiled:
     """A model compiled for one kind of call.
 
     records: what each pass did. error_weights: holds the feedback maps E, and outlives this object. depth: how far the
-    errors of the last step went, if the rule lets samples stop.
+    errors of the last step went, if the rule lets samples stop. fits: on a `calibration`, the graph whose maps it fits.
     """
 
     model: nn.Module
@@ -74,6 +75,7 @@ class Compiled:
     emitted: TrainingGraph | None
     error_weights: nn.Module
     depth: CreditDepth
+    fits: LocalGraph | None = None
 
     @property
     def training(self) -> TrainingGraph:
@@ -89,6 +91,14 @@ class Compiled:
         return make(Nodes(self.graph, self.traced, self.model), self.options.rule, self.error_weights) if make else None
 
     @cached_property
+    def calibration(self) -> Compiled:
+        """The same subgraphs wired for backpropagation, to whose true gradients this graph's maps are fitted."""
+        wired = replace(self.graph, connections=Backprop().connect(self.graph), schedule=())
+        graph, _ = run(wired, (Schedule(self.options.streams),))
+        emitted = emit(graph, self.traced, self.model, self.options.rule, self.error_weights, fits=self.graph)
+        return replace(self, graph=graph, records=(), emitted=emitted, fits=self.graph)
+
+    @cached_property
     def passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The training graph cut at the loss: forward pass and error pass."""
         return split(self.training)
@@ -96,8 +106,8 @@ class Compiled:
     @cached_property
     def fused_passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The same, handing every gradient over as soon as it is complete."""
-        fused = emit(self.graph, self.traced, self.model, self.options.rule, self.error_weights, True, self.depth)
-        return split(fused)
+        rule, weights = self.options.rule, self.error_weights
+        return split(emit(self.graph, self.traced, self.model, rule, weights, True, self.depth, self.fits))
 
     @cached_property
     def run_passes(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -114,6 +124,11 @@ class Compiled:
     @property
     def rule(self) -> Rule:
         return self.options.rule
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether this is a `calibration`."""
+        return self.fits is not None
 
     @cached_property
     def execution(self) -> Execution:
@@ -228,7 +243,7 @@ def require_schedule(rule: Rule) -> None:
 def passes(options: Options) -> tuple[Any, ...]:
     """The passes that `options` stand for, in order."""
     return (
-        *([FindDiscreteUnits()] if options.rule.passes_discrete else []),
+        *([FindDiscreteUnits(options.rule.passes_squashing)] if options.rule.passes_discrete else []),
         Partition(options.partition, options.rule.depth),
         InsertErrorNeurons(),
         InsertSkipErrors(options.rule, options.skip_errors),
@@ -267,7 +282,8 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
     """Draw each new E and each new twin; they depend on torch's seed, and the random stream is not moved."""
     example = next(p for p in model.parameters() if p.is_floating_point())
     names = weight_names(graph)
-    for i, connection in enumerate(c for c in graph.connections if c.kind == "feedback"):
+    _add_fitted(graph, example, error_weights)
+    for i, connection in enumerate(c for c in graph.connections if c.kind == "feedback" and not c.fitted):
         generator = torch.Generator().manual_seed((torch.initial_seed() + 7919 * (i + 1)) % 2**63)
         for name, shape in zip(names[connection.name], pairwise(connection.weight), strict=True):
             known = getattr(error_weights, name, None)
@@ -303,6 +319,18 @@ def _add_heads(graph: LocalGraph, rule: Rule, example: torch.Tensor, error_weigh
             if known is None or known.shape != value.shape:
                 parameter = nn.Parameter(value.to(example.device, example.dtype))
                 error_weights.register_parameter(head_name(connection.value, name), parameter)
+
+
+def _add_fitted(graph: LocalGraph, example: torch.Tensor, error_weights: nn.Module) -> None:
+    """The buffers of fitted maps, all zero, and the count of steps."""
+    buffers = fitted_buffers(graph)
+    dtype = torch.promote_types(example.dtype, torch.float32)
+    for name, shape in buffers.items():
+        known = getattr(error_weights, name, None)
+        if known is None or known.shape != shape:
+            error_weights.register_buffer(name, torch.zeros(shape, device=example.device, dtype=dtype))
+    if buffers and not hasattr(error_weights, STEPS):
+        error_weights.register_buffer(STEPS, torch.zeros((), dtype=torch.int64, device=example.device))
 
 
 def _register(error_weights: nn.Module, name: str, value: torch.Tensor, rule: Rule) -> None:

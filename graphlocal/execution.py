@@ -61,11 +61,13 @@ class Execution:
             self.not_lowered = NotLowered(
                 "the local heads take the labels, which the lowered graph has no argument for"
             )
+        elif compiled.calibrates:
+            self.not_lowered = NotLowered("a calibration step fits feedback maps, in few steps only")
         elif compiled.rule.relaxes:
             self.not_lowered = NotLowered("a relaxation repeats its steps, each of which would be lowered anew")
         elif target == "auto" and any(_RECURRENT.match(op.target) for op in compiled.graph.operations):
             self.not_lowered = NotLowered("a whole recurrent layer is one fast operator, but hundreds once lowered")
-        if self.not_lowered is not None and target not in ("auto", "eager"):
+        if self.not_lowered is not None and target not in ("auto", "eager") and not compiled.calibrates:
             raise self.not_lowered
 
     def run(self, leaves: list[Any], fused: bool) -> Run:

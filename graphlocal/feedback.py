@@ -35,14 +35,7 @@ class Layout:
         factors: E as a product, the first with target features rows, the last with source features columns.
         error: the source's error.
         """
-        if self.source_axis == self.source_rank:
-            error = error.unsqueeze(-1)
-        error = error.to(factors[0].dtype)
-        if self.source_axis < self.source_rank - 1:
-            error = error.movedim(self.source_axis, -1)
-        if self._summed:
-            error = error.sum(self._summed)
-        message = error
+        message = self._gathered(error.to(factors[0].dtype))
         for factor in reversed(factors):
             message = torch.nn.functional.linear(message, factor)
         implied = self.target_axis == self.target_rank
@@ -54,6 +47,22 @@ class Layout:
             message = message.expand((*target.shape, 1) if implied else target.shape)
         message = message.to(target.dtype)
         return message.squeeze(-1) if implied else message
+
+    def rows(self, error: Tensor, target: Tensor) -> Tensor:
+        """What E reads for each position of `target`: positions x source features."""
+        message = self._gathered(error)
+        for axis in self._missing:
+            message = message.unsqueeze(axis)
+        positions = target_rows(target, self.target_axis, flat=False).shape[:-1]
+        return message.expand(*positions, -1).reshape(-1, message.shape[-1])
+
+    def _gathered(self, error: Tensor) -> Tensor:
+        """The error with its features last, summed over the positions that the target does not have."""
+        if self.source_axis == self.source_rank:
+            error = error.unsqueeze(-1)
+        if self.source_axis < self.source_rank - 1:
+            error = error.movedim(self.source_axis, -1)
+        return error.sum(self._summed) if self._summed else error
 
     @cached_property
     def _summed(self) -> list[int]:
@@ -70,6 +79,12 @@ class Layout:
     @staticmethod
     def _full(rank: int, axis: int) -> int:
         return rank + (axis == rank)
+
+
+def target_rows(value: Tensor, axis: int, flat: bool = True) -> Tensor:
+    """A value with its feature axis last; `flat`: positions x features."""
+    rows = value.unsqueeze(-1) if axis == value.dim() else value.movedim(axis, -1)
+    return rows.reshape(-1, rows.shape[-1]) if flat else rows
 
 
 def _without(axis: int, removed: int) -> int:
@@ -124,7 +139,10 @@ def shared_map(graph: LocalGraph, connection: Connection) -> object:
     """Equal for connections that share their E.
 
     Their ends are at the same places of other calls of the same modules, in subgraphs that train the same parameters.
+    Fitted maps are never shared: each fits the gradient of its own target.
     """
+    if connection.fitted:
+        return connection.name
     ends = ((connection.source, connection.source_value), (connection.target, connection.value))
     places = [(graph.place_in_module[value], graph.trainable(graph.subgraph[name])) for name, value in ends]
     return (*places, connection.weight)

@@ -153,6 +153,8 @@ class Connection:
     depth: 0 for exact paths, else the recursion depth that drew the connection (1 = from the output).
     weight: sizes of the feedback map E, (target features, source features), or with a rank between them where E is
     the product of two factors; () for the other kinds.
+    window: sizes of the window of positions that E reads around each of the target's, for maps of positions; () where
+    E acts on features alone. fitted: E is fitted to true gradients on calibration steps.
     """
 
     source: str
@@ -163,6 +165,8 @@ class Connection:
     depth: int = 0
     source_value: str = ""
     weight: tuple[int, ...] = ()
+    window: tuple[int, ...] = ()
+    fitted: bool = False
 
     @property
     def name(self) -> str:

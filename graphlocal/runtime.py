@@ -20,6 +20,7 @@ from graphlocal.artefact.write import write_model
 from graphlocal.compiler import COMPUTED, Compiled, Options, build, require_schedule
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.execution import Run
+from graphlocal.fitting import STEPS
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import training_mode, undone_on
 from graphlocal.statistics_lag import StatisticsLag
@@ -38,7 +39,8 @@ class LocalModule(nn.Module):
 
     original: the user's model, trained in place. error_weights: the feedback maps E. check_finite: raise
     LocalTrainingError, naming the subgraph, when an update is not a number. labels: those of the next backward pass,
-    if the rule has local heads; used once.
+    if the rule has local heads; used once. calibrating: for rules with calibration steps (`rule="auto"`): None lets
+    every N-th forward pass in training mode be one, True or False all or none.
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, options: Options) -> None:
@@ -55,6 +57,7 @@ class LocalModule(nn.Module):
     def _adopt(self, compiled: Compiled, binder: Binder) -> None:
         super().__init__()
         self.check_finite = True
+        self.calibrating: bool | None = None
         self.labels: Any = None
         self.options = compiled.options
         self.original = compiled.model
@@ -175,7 +178,9 @@ class LocalModule(nn.Module):
         if [_children(module) for module in self._watched] != self._structure:
             self._cache.clear()  # a layer was replaced
             self._watch()
-        for compiled in self._fitting(leaves, spec):
+        due = self._calibration_is_due()
+        for fitting in self._fitting(leaves, spec):
+            compiled = fitting.calibration if due else fitting
             if not compiled.guarded:
                 with self._lag.watching():
                     return compiled, run(compiled)
@@ -186,6 +191,18 @@ class LocalModule(nn.Module):
             why="its control flow depends on more than the inputs, parameters, buffers and torch's random numbers",
             remedy="put the deciding part into a submodule of its own, which then runs as an opaque leaf",
         )
+
+    def _calibration_is_due(self) -> bool:
+        """Whether this step is a calibration; counts it."""
+        calibration = self.options.rule.calibration
+        steps = getattr(self.error_weights, STEPS, None)
+        if calibration is None or steps is None:
+            return False
+        if self.calibrating is not None:
+            return self.calibrating
+        done = int(steps)
+        steps.add_(1)
+        return done % calibration.every == 0
 
     def _fitting(self, leaves: list[Any], spec: pytree.TreeSpec) -> Iterator[Compiled]:
         """The compilations for calls like this one, the last used first; at last a new one."""

@@ -16,25 +16,41 @@ from graphlocal.ir import LocalGraph, Operation
 from graphlocal.verify import carries_derivative, has_no_derivative, learning_values
 
 _UNIT = re.compile(r"aten\.(sign|sgn|round|floor|ceil|trunc|fix|heaviside|bernoulli)\.(default|out|decimals)$")
+_SQUASHING = re.compile(r"aten\.(sigmoid|tanh|hardtanh|hardsigmoid)\.")
 _RISING, _FALLING = re.compile(r"aten\.(gt|ge)\."), re.compile(r"aten\.(lt|le)\.")
 _CONVERTS = re.compile(r"aten\.(to|_to_copy|type_as|where|mul)\b")
 
 
 @dataclass(frozen=True)
 class FindDiscreteUnits:
-    """Set `discrete_of` on the last operation of every discrete unit, and group the unit's operations."""
+    """Set `discrete_of` on the last operation of every discrete unit, and group the unit's operations.
 
+    before_squashing: where f is a sigmoid or tanh of x, take x for f.
+    """
+
+    before_squashing: bool = False
     name: str = "discrete-units"
 
     def apply(self, graph: LocalGraph) -> LocalGraph:
         units = _units(graph)
         changed: dict[str, Operation] = {}
         for last, (f, chain) in units.items():
+            if self.before_squashing:
+                f, chain = _before_squashing(graph, f, chain)
             group = next((graph.operation[op].group for op in chain if graph.operation[op].group), f"unit {last}")
             for name in chain if len(chain) > 1 else ():
                 changed[name] = replace(changed.get(name, graph.operation[name]), group=group)
             changed[last] = replace(changed.get(last, graph.operation[last]), discrete_of=f)
         return replace(graph, operations=tuple(changed.get(op.name, op) for op in graph.operations)) if units else graph
+
+
+def _before_squashing(graph: LocalGraph, f: str, chain: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The value f and the unit's operations, with the sigmoid or tanh before them taken into the unit."""
+    sign, value = ("-", f[1:]) if f.startswith("-") else ("", f)
+    op = graph.operation.get(value)
+    if op is None or not _SQUASHING.match(op.target):
+        return f, chain
+    return sign + op.inputs[0], (value, *chain)
 
 
 def _units(graph: LocalGraph) -> dict[str, tuple[str, tuple[str, ...]]]:

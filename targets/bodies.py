@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphlocal.feedback import Layout, cotangent_update
+from graphlocal.fitting import WindowLayout
 from graphlocal.ir import LocalGraph, Subgraph
 from graphlocal.rules import Neuron, Rule
 from graphlocal.targets.group_norm import group_norm
@@ -179,7 +180,7 @@ def add_messages(*messages: Tensor | None) -> Tensor | None:
 class Feedback(nn.Module):
     """The message E e of one feedback connection; None where the source has no error."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout | WindowLayout) -> None:
         super().__init__()
         self.layout = layout
 

@@ -40,6 +40,9 @@ class Compilation(Protocol):
     def guarded(self) -> bool: ...
 
     @property
+    def calibrates(self) -> bool: ...
+
+    @property
     def run_passes(self) -> tuple[Callable[..., Any], Callable[..., Any]]: ...
 
     @property

@@ -32,6 +32,7 @@ from graphlocal.targets.bodies import (
     twins_read,
 )
 from graphlocal.targets.decoders import bias_name
+from graphlocal.targets.emit_fit import Fitting
 from graphlocal.targets.emit_halting import Halting
 from graphlocal.targets.emit_reread import Rereads
 from graphlocal.targets.emitter import Emitter
@@ -73,24 +74,29 @@ def emit(
     error_weights: nn.Module,
     fused: bool = False,
     depth: CreditDepth | None = None,
+    fits: LocalGraph | None = None,
 ) -> TrainingGraph:
     """The training graph of a scheduled graph.
 
     error_weights: holds the feedback maps, under `weight_names(graph)`. fused: hand each gradient to a further
     argument `apply(names, gradients)` as soon as it is complete, instead of returning them all. depth: takes note of
-    how far errors go, if the rule lets samples stop.
+    how far errors go, if the rule lets samples stop. fits: a graph with the same subgraphs, whose fitted feedback maps
+    are fitted to this one's gradients.
     """
-    return _Training(graph, traced, model, rule, error_weights, fused, depth or CreditDepth()).emit()
+    return _Training(graph, traced, model, rule, error_weights, fused, depth or CreditDepth(), fits).emit()
 
 
 class _Training(Emitter):
     """The actions of a training step, one after another."""
 
-    def __init__(self, graph: LocalGraph, traced: TracedModel, model: nn.Module, rule: Rule,
-                 error_weights: nn.Module, fused: bool, depth: CreditDepth) -> None:  # fmt: skip
+    def __init__(
+        self, graph: LocalGraph, traced: TracedModel, model: nn.Module, rule: Rule, error_weights: nn.Module,
+        fused: bool, depth: CreditDepth, fits: LocalGraph | None,
+    ) -> None:  # fmt: skip
         super().__init__(graph, traced, model, rule, error_weights, fused)
         self.rereads = Rereads(self) if rule.rereads else None
         self.halting = None if rule.halting is None else Halting(self, depth)
+        self.fitting = None if fits is None else Fitting(self, fits)
         self.last_user = {
             name: subgraph.name for subgraph in self._update_order() for name in graph.trainable(subgraph)
         }
@@ -117,6 +123,8 @@ class _Training(Emitter):
             for action in self.graph.schedule:
                 if action.kind in kinds:
                     run[action.kind](self.graph.subgraphs[action.subgraph - 1])
+                    if action.kind == "D" and self.fitting is not None:
+                        self.fitting.emit(self.graph.subgraphs[action.subgraph - 1])
                     self._tag(str(action))
             if kinds == "F":
                 self.take_loss()

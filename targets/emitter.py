@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from graphlocal.feedback import layout, weight_names
+from graphlocal.feedback import weight_names
+from graphlocal.fitting import feedback_map
 from graphlocal.ir import Connection, LocalGraph
 from graphlocal.rules import Rule
-from graphlocal.targets.bodies import Feedback, add_messages, twin_name
+from graphlocal.targets.bodies import Feedback, add_messages, tail_function, twin_name
+from graphlocal.targets.calibration import AtPreactivation
 from graphlocal.targets.twins import Twin
 from graphlocal.trace import TracedModel
 
@@ -48,6 +50,7 @@ class Emitter:
         self.weight_names = weight_names(graph)
         self.waiting = Counter(f"error_weights.{names[0]}" for names in self.weight_names.values())  # E's connections
         self.output_error: fx.Node | None = None
+        self.gated: dict[str, fx.Node] = {}  # errors at the pre-activation
         self.exact: dict[str, fx.Node] = {}  # the exact part of each value's error
 
     def call(self, function: Callable[..., Any], *args: Any, name: str | None = None) -> fx.Node:
@@ -82,15 +85,28 @@ class Emitter:
             return [self.call(operator.getitem, self.output_error, i) for i in positions]
         if connection.kind == "vjp":
             return [self.messages[connection.name]] if connection.name in self.messages else []
-        error = self.errors.get(connection.source_value)
+        error = self.error_read(connection)
         if error is None:
             return []
         factors = [self.get(f"error_weights.{name}") for name in self.weight_names[connection.name]]
         return [self.feedback(connection, error, factors)]
 
+    def error_read(self, connection: Connection) -> fx.Node | None:
+        """The error that a feedback map reads; a fitted one reads it at the pre-activation."""
+        value = connection.source_value
+        error, output = self.errors.get(value), self.graph.representation[value]
+        tail = self.graph.tail(output)
+        if error is None or not connection.fitted or not tail:
+            return error
+        if value not in self.gated:
+            phi = tail_function(self.traced.module, tail, output.preactivation)
+            h = self.attached[output.preactivation]
+            self.gated[value] = self.call_module(f"gated_{value}", AtPreactivation(phi), h, error)
+        return self.gated[value]
+
     def feedback(self, connection: Connection, error: fx.Node, factors: list[fx.Node]) -> fx.Node:
         """The message of a feedback map."""
-        module = Feedback(layout(self.graph, connection))
+        module = Feedback(feedback_map(self.graph, connection))
         name = f"d_{connection.value}_from_{connection.source_value}"
         return self.call_module(name, module, error, self.attached[connection.value], *factors)
 

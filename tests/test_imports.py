@@ -25,19 +25,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
     frozenset({"arguments", "data", "files", "goals", "guards", "ir", "preserve", "source"}),
     frozenset({"text", "verify"}),
-    frozenset(
-        {
-            "feedback",
-            "partial_optimizer",
-            "statistics_lag",
-            "nn",
-            "unrolled",
-            "normalize",
-            "opaque",
-            "sample_store",
-            "selfcheck",
-        }
-    ),
+    frozenset({"cost", "feedback", "fitting", "partial_optimizer", "sample_store", "statistics_lag"}),
+    frozenset({"nn", "unrolled", "normalize", "opaque", "selfcheck"}),
     frozenset({"cache", "record", "trace"}),
     frozenset({"lift", "pipeline", "stored"}),
     frozenset({"rules"}),
@@ -49,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"runtime"}),
     frozenset({"compile", "load"}),
     frozenset({"alignment", "check", "partition", "recalibrate", "representations", "step"}),
-    frozenset({"model_spec", "training"}),
+    frozenset({"model_spec", "sweep", "training"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names
     frozenset({"cli", "demo"}),
     frozenset({"__main__"}),

@@ -15,6 +15,7 @@ from graphlocal.cli.demo import demo
 from graphlocal.cli.export import export
 from graphlocal.cli.options import console
 from graphlocal.cli.show import show
+from graphlocal.cli.sweep import sweep
 from graphlocal.cli.train import train
 from graphlocal.errors import GraphLocalError
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     help="Turn any PyTorch model into local learners.", no_args_is_help=True, add_completion=False,
     rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
-for _command in (check, compile, show, export, train, demo):
+for _command in (check, compile, show, export, train, sweep, demo):
     app.command()(_command)
 
 

@@ -6,7 +6,8 @@ from graphlocal.errors import InputError, nearest
 from graphlocal.rules.aligning import AligningRule
 from graphlocal.rules.alignment import DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetric
 from graphlocal.rules.backprop import Backprop
-from graphlocal.rules.base import Head, Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.base import Calibration, Head, Neuron, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.calibrated import Calibrated
 from graphlocal.rules.dtp import DifferenceTargetPropagation
 from graphlocal.rules.equilibrium import EquilibriumPropagation, RelaxingRule
 from graphlocal.rules.local_loss import LocalLoss
@@ -20,6 +21,7 @@ RULES: dict[str, type[Rule]] = {
     rule.name: rule
     for rule in (
         Backprop,
+        Calibrated,
         RecLRA,
         LRAFeedback,
         LRADiff,
@@ -59,6 +61,8 @@ __all__ = [
     "RULES",
     "AligningRule",
     "Backprop",
+    "Calibrated",
+    "Calibration",
     "DifferenceTargetPropagation",
     "DirectFeedbackAlignment",
     "EquilibriumPropagation",

@@ -42,13 +42,27 @@ class Head:
     outputs: int
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """When and how fitted feedback maps are fitted: every `every`-th step, by the ridge regression of `fitting`.
+
+    rows: the most positions (about) that one step takes into the regression.
+    """
+
+    every: int
+    forgetting: float
+    ridge: float
+    rows: int
+
+
 class Rule(ABC):
     """Base class of learning rules.
 
     feeds: where `local_error` enters the subgraph's own vector-Jacobian product: at the `"preactivation"` h
     (no derivative of phi) or at the `"representation"` z. depth: levels of the partition tree that the rule
     works on. feedback: whether its connections may carry feedback maps E. learns_feedback: whether those are
-    trained. passes_discrete: whether errors pass by discrete and stochastic units, which have no derivative.
+    trained. passes_discrete: whether errors pass by discrete and stochastic units, which have no derivative;
+    passes_squashing: and by a sigmoid or tanh that such a unit is applied to.
     needs_labels: whether its connections of kind `head` take the labels. decodes: whether its feedback maps are
     decoders of representations, with a bias, and not maps of errors (`DecodingRule`). relaxes: whether a step is a
     relaxation of all states at one time (`RelaxingRule`).
@@ -59,7 +73,6 @@ class Rule(ABC):
     name: ClassVar[str]
     depth: int = 1
     feedback: ClassVar[bool] = True
-    passes_discrete: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
     relaxes: ClassVar[bool] = False
@@ -99,6 +112,19 @@ class Rule(ABC):
     def needs_optimizer(self) -> bool:
         """Whether a training step hands gradients to an optimizer."""
         return True
+
+    @property
+    def passes_discrete(self) -> bool:
+        return True
+
+    @property
+    def passes_squashing(self) -> bool:
+        return False
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """For rules that draw `fitted` connections: when the model learns by backpropagation, and E is fitted."""
+        return None
 
     @abstractmethod
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:

@@ -78,7 +78,7 @@ def derivatives_along_data(graph: LocalGraph) -> tuple[Connection, ...]:
 
     Values that depend on no input of the model are no representations of a sample: they get their exact derivatives.
     """
-    exact = [*loss_connections(graph), *_from_readers(graph)]
+    exact = [*loss_connections(graph), *values_from_parameters(graph)]
     known = {connection.name for connection in exact}
     return (*exact, *(c for c in reversed_data_edges(graph, exact=False) if c.name not in known))
 
@@ -131,10 +131,10 @@ def _exact_paths(graph: LocalGraph, max_source_features: int) -> tuple[list[Conn
             if connection.target not in pending:
                 pending.append(connection.target)
     known = {c.name for c in connections}
-    return [*connections, *(c for c in _from_readers(graph) if c.name not in known)], sources
+    return [*connections, *(c for c in values_from_parameters(graph) if c.name not in known)], sources
 
 
-def _from_readers(graph: LocalGraph) -> list[Connection]:
+def values_from_parameters(graph: LocalGraph) -> list[Connection]:
     """The derivatives that subgraphs send back to values which depend on no input of the model."""
     given = {item.name for item in graph.inputs}
     for op in graph.operations:

@@ -310,12 +310,17 @@ def _connection(line: _Line, kind: ConnectionKind) -> Connection:
     value = line.word("the value that it reaches")
     exact = line.take("exact")
     depth = line.integer("the recursion depth") if line.take("depth") else 0
-    weight: tuple[int, ...] = ()
-    if line.take("weight"):
-        line.expect("[")
-        weight = line.several(line.integer, "a size of the feedback map")
-        line.expect("]")
-    return Connection(source, target, value, kind, exact, depth, source_value, weight)
+    weight = _bracketed(line, "a size of the feedback map") if line.take("weight") else ()
+    window = _bracketed(line, "a size of the window") if line.take("window") else ()
+    fitted = line.take("fitted")
+    return Connection(source, target, value, kind, exact, depth, source_value, weight, window, fitted)
+
+
+def _bracketed(line: _Line, expected: str) -> tuple[int, ...]:
+    line.expect("[")
+    sizes = line.several(line.integer, expected)
+    line.expect("]")
+    return sizes
 
 
 def _actions(number: int, text: str) -> Iterator[Action]:

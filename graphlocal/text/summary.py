@@ -61,7 +61,9 @@ def connection_label(connection: Connection) -> str:
 
 def _connection_cells(connection: Connection) -> tuple[str, str]:
     shape = "x".join(map(str, connection.weight))
-    notes = [f"{connection.kind} E {shape}" if connection.weight else connection.kind]
+    window = " of " + "x".join(map(str, connection.window)) if connection.window else ""
+    fitted = "fitted " if connection.fitted else ""
+    notes = [f"{fitted}{connection.kind} E {shape}{window}" if connection.weight else connection.kind]
     notes += [f"of {connection.source_value}"] if connection.source_value else []
     notes += ["exact"] if connection.exact else []
     notes += [f"depth {connection.depth}"] if connection.depth else []

@@ -112,4 +112,6 @@ def _connection(connection: Connection) -> str:
     line = f"{connection.kind} {start} -> {_word(connection.target)} : {_word(connection.value)}"
     line += " exact" if connection.exact else ""
     line += f" depth {connection.depth}" if connection.depth else ""
-    return line + (f" weight [{','.join(map(str, connection.weight))}]" if connection.weight else "")
+    line += f" weight [{','.join(map(str, connection.weight))}]" if connection.weight else ""
+    line += f" window [{','.join(map(str, connection.window))}]" if connection.window else ""
+    return line + (" fitted" if connection.fitted else "")

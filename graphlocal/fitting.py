@@ -1,0 +1,161 @@
+"""Fitted feedback maps: E by ridge regression from errors of the source to true gradients at the target.
+
+On a calibration step the true gradients are at hand. For each value, the errors of all sources that reach it are laid
+out as rows X (positions x features), its gradient as rows G (positions x target features), and
+
+    S <- f S + X^T X / rows,   T <- f T + X^T G / rows,   E^T = (S + r mean(diag S) I)^-1 T
+
+with f the forgetting factor and r the ridge. All three are buffers beside the feedback maps. X and G are divided by
+the RMS of X first, so that E does not depend on the scale of the loss, and every calibration counts alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graphlocal.feedback import Layout, layout, weight_names
+from graphlocal.ir import Connection, LocalGraph
+
+STEPS = "calibration_steps"
+"""The buffer that counts training steps."""
+
+
+@dataclass(frozen=True)
+class WindowLayout:
+    """E as a convolution: it reads a window around each position of the target, and the mean over all positions.
+
+    window: its sizes, one or two, all odd. Both ends are batch x features x positions (one or two axes). A source of
+    half the target's positions lies on every other one of them; other unlike sizes are interpolated or averaged.
+    E: target features x (source features * window + source features).
+    """
+
+    window: tuple[int, ...]
+    target_axis: int = 1
+
+    def apply(self, factors: Sequence[Tensor], error: Tensor, target: Tensor) -> Tensor:
+        """E e, in the shape and dtype of `target`."""
+        (matrix,) = factors
+        placed = self._placed(error.to(matrix.dtype), target)
+        taps = placed.shape[1] * math.prod(self.window)
+        kernel = matrix[:, :taps].unflatten(1, (placed.shape[1], *self._kernel))
+        message = F.conv2d(placed, kernel, padding=self._padding)
+        message = message + F.linear(placed.mean((2, 3)), matrix[:, taps:])[:, :, None, None]
+        return message.reshape(target.shape).to(target.dtype)
+
+    def rows(self, error: Tensor, target: Tensor) -> Tensor:
+        """What E reads for each position of `target`: positions x (source features * window + source features)."""
+        placed = self._placed(error, target)
+        around = F.unfold(placed, self._kernel, padding=self._padding).transpose(1, 2)
+        mean = placed.mean((2, 3)).unsqueeze(1).expand(-1, around.shape[1], -1)
+        return torch.cat([around, mean], -1).flatten(0, 1)
+
+    @property
+    def _kernel(self) -> tuple[int, int]:
+        return (1, *self.window) if len(self.window) == 1 else (self.window[0], self.window[1])
+
+    @property
+    def _padding(self) -> tuple[int, int]:
+        high, wide = self._kernel
+        return high // 2, wide // 2
+
+    def _placed(self, error: Tensor, target: Tensor) -> Tensor:
+        """The error on the target's positions, batch x features x height x width."""
+        if error.dim() == 3:
+            error, target = error.unsqueeze(2), target.unsqueeze(2)
+        size, given = target.shape[2:], error.shape[2:]
+        if size == given:
+            return error
+        strides = [1 if n == m else 2 for n, m in zip(given, size, strict=True)]
+        covered = all(-(-m // s) == n for n, m, s in zip(given, size, strides, strict=True))
+        if covered and all(k > s for k, s in zip(self._kernel, strides, strict=True) if s > 1):
+            placed = error.new_zeros(*error.shape[:2], *size)
+            placed[:, :, :: strides[0], :: strides[1]] = error
+            return placed
+        if any(n > m for n, m in zip(given, size, strict=True)):
+            return F.adaptive_avg_pool2d(error, (size[0], size[1]))
+        return F.interpolate(error, size=size)
+
+
+def feedback_map(graph: LocalGraph, connection: Connection) -> Layout | WindowLayout:
+    """How a connection's E acts."""
+    return WindowLayout(connection.window) if connection.window else layout(graph, connection)
+
+
+def inputs_read(connection: Connection) -> int:
+    """The columns of a fitted E: source features, times the window's size and one for the mean if it has one."""
+    taps = math.prod(connection.window) + 1 if connection.window else 1
+    return connection.weight[-1] * taps
+
+
+def fitted_groups(graph: LocalGraph) -> dict[str, tuple[Connection, ...]]:
+    """The fitted connections that reach each value; those of one value are fitted together."""
+    found: dict[str, list[Connection]] = {}
+    for connection in graph.connections:
+        if connection.fitted:
+            found.setdefault(connection.value, []).append(connection)
+    return {value: tuple(connections) for value, connections in found.items()}
+
+
+def moment_names(value: str) -> tuple[str, str]:
+    """The buffers S and T of a value."""
+    return f"moments_{value}", f"cross_moments_{value}"
+
+
+def fitted_buffers(graph: LocalGraph) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every buffer that calibration keeps: each E, and S and T of each value. All start at zero."""
+    names = weight_names(graph)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for value, connections in fitted_groups(graph).items():
+        features = connections[0].weight[0]
+        columns = [inputs_read(connection) for connection in connections]
+        for connection, n in zip(connections, columns, strict=True):
+            shapes[names[connection.name][0]] = features, n
+        second, cross = moment_names(value)
+        shapes[second], shapes[cross] = (sum(columns), sum(columns)), (sum(columns), features)
+    return shapes
+
+
+def refit(
+    weights: Sequence[Tensor], second: Tensor, cross: Tensor, rows: Tensor, gradient: Tensor,
+    forgetting: float, ridge: float,
+) -> None:  # fmt: skip
+    """Renew S (`second`), T (`cross`) and the weights E in place; left as they are if anything is not a number.
+
+    rows: X, the sources side by side. gradient: G.
+    """
+    dtype = torch.promote_types(second.dtype, torch.float32)
+    rows, gradient = rows.to(dtype), gradient.to(dtype)
+    largest = rows.abs().amax().clamp_min(torch.finfo(dtype).tiny)
+    rows, gradient = rows / largest, gradient / largest
+    scale = rows.square().mean().sqrt().clamp_min(torch.finfo(dtype).eps)
+    rows, gradient = rows / scale, gradient / scale
+    new_second = forgetting * second.to(dtype) + rows.T @ rows / len(rows)
+    new_cross = forgetting * cross.to(dtype) + rows.T @ gradient / len(rows)
+    mean = new_second.diagonal().mean()
+    damped = new_second + (ridge * mean + torch.finfo(dtype).tiny) * torch.eye(
+        len(second), dtype=dtype, device=second.device
+    )
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    solution = torch.cholesky_solve(new_cross, factor).T
+    good = (failed == 0) & solution.isfinite().all() & new_second.isfinite().all() & new_cross.isfinite().all()
+    second.copy_(torch.where(good, new_second, second))
+    cross.copy_(torch.where(good, new_cross, cross))
+    start = 0
+    for weight in weights:
+        part = solution[:, start : start + weight.shape[1]]
+        weight.copy_(torch.where(good, part, weight))
+        start += weight.shape[1]
+
+
+def thinned(rows: int, positions: int, most: int) -> int:
+    """The stride at which rows are taken so that no more than about `most` are; it has no factor with `positions`."""
+    stride = max(1, -(-rows // most))
+    while stride > 1 and math.gcd(stride, positions) > 1:
+        stride += 1
+    return stride

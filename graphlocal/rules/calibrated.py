@@ -1,0 +1,138 @@
+"""The rule `auto`: feedback maps that are fitted to true gradients on every N-th step, and no message else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import networkx as nx
+
+from graphlocal.errors import InputError
+from graphlocal.ir import Connection, LocalGraph
+from graphlocal.rules.base import Calibration, Rule, features, loss_connections, vjp_connections
+from graphlocal.rules.wiring import feedback_connection, values_from_parameters
+from graphlocal.verify import learning_values
+
+
+@dataclass(frozen=True)
+class Calibrated(Rule):
+    """Calibrated feedback: e_v = sum_j E_{j->v} (phi'(h_j) e_j), update VJP(e_v).
+
+    Every `every`-th training step is one of backpropagation on the same subgraphs. Its true gradients are that step's
+    update, and each E is refitted to them by ridge regression (`graphlocal.fitting`), so that E is the best linear
+    prediction of the gradient at v from the errors of its sources. In all other steps no vector-Jacobian product
+    crosses a subgraph's boundary, but for those that hand the error of the output to what the last subgraphs read.
+
+    wiring: `"chain"` takes each error from the subgraphs that read the value: one cheap map after another, after which
+    all block updates are independent. `"skip"` takes it from the last representations at once: more parallel, less
+    exact on convolutions. Between convolutional maps E is a convolution with a 3 x 3 window (strides and poolings
+    are bridged), else a linear map on features, the same for all positions. max_inputs: a window is left out (1 x 1)
+    where E would read more values than this for each position. forgetting, ridge, rows: of the regression; rows
+    bounds how many positions a step takes into it.
+
+    Cut between blocks: with `partition="leaf"` it learned badly on convnets with BatchNorm, and its chain of maps is
+    longer than backpropagation's.
+
+    Each value keeps the second moments of what its maps read, (inputs x inputs) numbers. E starts at zero and is
+    fitted in the first step. Raises InputError for options out of range.
+    """
+
+    name: ClassVar[str] = "auto"
+    every: int = 10
+    wiring: Literal["chain", "skip"] = "chain"
+    window: int = 3
+    max_inputs: int = 1280
+    forgetting: float = 0.9
+    ridge: float = 1e-3
+    rows: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.wiring not in ("chain", "skip"):
+            raise InputError(f"Calibrated(wiring={self.wiring!r})", remedy="use 'chain' or 'skip'")
+        for option in ("every", "window", "max_inputs", "rows"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"Calibrated({option}={value!r})", why="it is a count, 1 or more")
+        if self.window % 2 == 0:
+            raise InputError(f"Calibrated(window={self.window})", why="a window has a middle", remedy="use an odd size")
+        if not (0 <= self.forgetting < 1 and self.ridge > 0):
+            raise InputError(
+                f"Calibrated(forgetting={self.forgetting!r}, ridge={self.ridge!r})",
+                why="forgetting is in [0, 1), and the ridge is above 0",
+            )
+
+    @property
+    def feeds(self) -> Literal["preactivation", "representation"]:
+        return "representation"
+
+    @property
+    def calibration(self) -> Calibration:
+        return Calibration(self.every, self.forgetting, self.ridge, self.rows)
+
+    def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
+        exact, senders = _output_error(graph)
+        sources = list(dict.fromkeys(c.target for c in exact if c.target not in senders and c.kind == "vjp"))
+        learning, wired = learning_values(graph), {(c.source, c.value) for c in exact}
+        connections = dict.fromkeys(exact)
+        for neuron in graph.error_neurons:
+            for value in neuron.values:
+                if value not in learning:
+                    continue
+                readers = [r.name for r in graph.readers.get(value, ()) if r.name in graph.neuron]
+                below = [name for name in readers if (name, value) not in wired]
+                if self.wiring == "skip" and below and neuron.subgraph not in sources:
+                    below = _above(graph, sources, neuron.subgraph) or below
+                for source in below:
+                    connections.update(dict.fromkeys(self._maps(graph, source, neuron.subgraph, value)))
+        return tuple(connections)
+
+    def _maps(self, graph: LocalGraph, source: str, target: str, value: str) -> list[Connection]:
+        """The maps from all errors of one subgraph to a value; its own derivative where a size is not fixed."""
+        sources = graph.neuron[source].values
+        if not all(isinstance(features(graph, v), int) for v in (value, *sources)):
+            return [c for c in vjp_connections(graph, source) if (c.target, c.value) == (target, value)]
+        drawn = [feedback_connection(graph, source, v, target, value, depth=1) for v in sources]
+        return [replace(c, fitted=True, window=self._window(graph, c)) for c in drawn]
+
+    def _window(self, graph: LocalGraph, connection: Connection) -> tuple[int, ...]:
+        ranks = set()
+        for value in (connection.source_value, connection.value):
+            known = graph.type(value)
+            assert known is not None
+            ranks.add(len(known.shape) if graph.representation[value].axis == 1 else 0)
+        if ranks not in ({3}, {4}):
+            return ()
+        window = (self.window,) * (ranks.pop() - 2)
+        return window if connection.weight[-1] * math.prod(window) <= self.max_inputs else (1,) * len(window)
+
+
+def _output_error(graph: LocalGraph) -> tuple[list[Connection], set[str]]:
+    """The loss's gradient, and the derivatives by which the last subgraphs hand it to what they read.
+
+    The last subgraphs with parameters on each way do, and those without parameters above them and just below them,
+    as far as nothing else reads them. Returns the connections and who sends.
+    """
+    connections = list(loss_connections(graph))
+    readers = {
+        name: {r.name for v in graph.neuron[name].values for r in graph.readers.get(v, ()) if r.name in graph.neuron}
+        for name in graph.neuron
+    }
+    pending = [name for name in dict.fromkeys(c.target for c in connections) if not readers[name]]
+    past_parameters: set[str] = set()
+    for name in pending:  # grows while it is walked
+        if graph.trainable(graph.subgraph[name]) or readers[name] & past_parameters:
+            past_parameters.add(name)
+        for connection in vjp_connections(graph, name):
+            connections.append(connection)
+            target = connection.target
+            hands_on = name not in past_parameters or not graph.trainable(graph.subgraph[target])
+            if hands_on and target not in pending and readers[target] <= set(pending):
+                pending.append(target)
+    known = {c.name for c in connections}
+    return [*connections, *(c for c in values_from_parameters(graph) if c.name not in known)], set(pending)
+
+
+def _above(graph: LocalGraph, sources: list[str], name: str) -> list[str]:
+    after = nx.descendants(graph.quotient, name)
+    return [source for source in sources if source in after]
