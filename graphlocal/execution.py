@@ -13,7 +13,9 @@ from torch import Tensor
 from graphlocal.preserve import preserved
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
+from graphlocal.targets.accesses import annotate
 from graphlocal.targets.lowered import NotLowered, lower
+from graphlocal.targets.streams import streamed
 from graphlocal.targets.training_graph import TrainingGraph, split
 
 if TYPE_CHECKING:
@@ -44,12 +46,13 @@ class Passes:
 class Execution:
     """Runs one compilation.
 
-    target: `"eager"`; `"lowered"`, or NotLowered is raised; `"auto"`: lowered from the second call with the same
-    shapes on, where that is possible and pays. not_lowered: why the eager graph runs, once that is known.
+    target: `"eager"`; `"lowered"`, or NotLowered is raised; `"streams"`: the same, on several lanes; `"auto"`: lowered
+    from the second call with the same shapes on, where that is possible and pays. not_lowered: why the eager graph runs, once that is known.
     """
 
     def __init__(self, compiled: Compiled, target: str) -> None:
         self.compiled, self.target = compiled, target
+        self._strict = target in ("lowered", "streams")
         self.not_lowered: NotLowered | None = None
         self.taken = compiled.differentiable  # the outputs that the last loss sent an error
         self._shapes: set[Any] = set()
@@ -60,7 +63,7 @@ class Execution:
             self.not_lowered = NotLowered("the graph is a recording with guards, which look at the data")
         elif target == "auto" and any(_RECURRENT.match(op.target) for op in compiled.graph.operations):
             self.not_lowered = NotLowered("a whole recurrent layer is one fast operator, but hundreds once lowered")
-        if self.not_lowered is not None and target == "lowered":
+        if self.not_lowered is not None and self._strict:
             raise self.not_lowered
 
     def run(self, leaves: list[Any], fused: bool) -> Run:
@@ -83,13 +86,13 @@ class Execution:
         if len(self._shapes) < MANY_SHAPES:
             self._shapes.add(shapes)
         asks_back = any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
-        if asks_back or shapes not in self._shapes or not (seen or self.target == "lowered"):
+        if asks_back or shapes not in self._shapes or not (seen or self._strict):
             return None
         try:
             self._passes[key] = self._lower(leaves, fused)
         except NotLowered as error:
             self.not_lowered = error
-            if self.target == "lowered":
+            if self._strict:
                 raise
         return self._passes.get(key)
 
@@ -100,6 +103,10 @@ class Execution:
         return self._passes_of(with_updates(lowered)) if fused else plain
 
     def _passes_of(self, lowered: TrainingGraph) -> Passes:
+        if self.target == "streams":
+            annotate(lowered)
+            streams = self.compiled.options.streams
+            return Passes(*(streamed(module, streams) for module in split(lowered)), self.taken)
         forward, error = split(lowered)
         return Passes(torch.no_grad()(flatten(forward)), torch.no_grad()(flatten(error)), self.taken)
 
