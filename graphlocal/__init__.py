@@ -12,6 +12,7 @@ from graphlocal.check import Finding, Report, check
 from graphlocal.compile import compile
 from graphlocal.errors import GraphLocalError
 from graphlocal.load import load
+from graphlocal.plan import Plan, plan
 from graphlocal.recalibrate import recalibrate
 from graphlocal.runtime import LocalModule
 from graphlocal.step import TrainStep, train_step
@@ -22,12 +23,14 @@ __all__ = [
     "Finding",
     "GraphLocalError",
     "LocalModule",
+    "Plan",
     "Report",
     "TrainStep",
     "alignment",
     "check",
     "compile",
     "load",
+    "plan",
     "recalibrate",
     "rules",
     "train_step",

@@ -60,11 +60,17 @@ class Cut:
     finish: Callable[..., Any]
 
 
-def cut(module: fx.GraphModule) -> Cut:
-    """The pieces of a forward or error pass, whose training graph was annotated by `accesses.annotate`."""
+def cut(module: fx.GraphModule, join: bool = True) -> Cut:
+    """The pieces of a forward or error pass, whose training graph was annotated by `accesses.annotate`.
+
+    join: False leaves every piece to one action.
+    """
     nodes = [n for n in module.graph.nodes if n.op == "call_function" and n.target is not take]
     runs = [list(run) for _, run in groupby(nodes, _label)]
-    groups, needs = _joined(runs, _needs(runs))
+    needs = tuple(map(frozenset, _needs(runs)))
+    groups = runs
+    if join:
+        groups, needs = _joined(runs, needs)
     (output,) = module.graph.find_nodes(op="output")
     pieces = tuple(map(_piece, groups))
     taken: Any = [(n.name, n.args[1]) for n in module.graph.find_nodes(op="call_function", target=take)]
@@ -112,7 +118,7 @@ def _needs(runs: Sequence[Sequence[fx.Node]]) -> list[set[int]]:
 
 
 def _joined(
-    runs: Sequence[list[fx.Node]], needs: Sequence[set[int]]
+    runs: Sequence[list[fx.Node]], needs: Sequence[frozenset[int]]
 ) -> tuple[list[list[fx.Node]], tuple[frozenset[int], ...]]:
     """Runs joined with their only follower, where it waits for nothing else; updates stay alone."""
     followers: list[list[int]] = [[] for _ in runs]

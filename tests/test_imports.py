@@ -23,7 +23,7 @@ FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphloca
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"arguments", "data", "files", "guards", "ir", "preserve", "source"}),
+    frozenset({"arguments", "data", "files", "guards", "ir", "preserve", "source", "units"}),
     frozenset({"text", "verify"}),
     frozenset(
         {"feedback", "partial_optimizer", "statistics_lag", "nn", "unrolled", "normalize", "opaque", "selfcheck"}
@@ -33,11 +33,11 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rules"}),
     frozenset({"passes"}),
     frozenset({"targets"}),
-    frozenset({"compiler", "execution"}),
+    frozenset({"compiler", "execution", "measured"}),
     frozenset({"artefact"}),
     frozenset({"runtime"}),
     frozenset({"compile", "load"}),
-    frozenset({"alignment", "check", "partition", "recalibrate", "step"}),
+    frozenset({"alignment", "check", "partition", "plan", "recalibrate", "step"}),
     frozenset({"captured_step", "model_spec", "training"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names
     frozenset({"cli", "demo"}),
