@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from graphlocal.preserve import preserved
+from graphlocal.targets.accesses import annotate
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
-from graphlocal.targets.accesses import annotate
 from graphlocal.targets.lowered import NotLowered, lower
 from graphlocal.targets.streams import streamed
 from graphlocal.targets.training_graph import TrainingGraph, split
@@ -47,7 +47,8 @@ class Execution:
     """Runs one compilation.
 
     target: `"eager"`; `"lowered"`, or NotLowered is raised; `"streams"`: the same, on several lanes; `"auto"`: lowered
-    from the second call with the same shapes on, where that is possible and pays. not_lowered: why the eager graph runs, once that is known.
+    from the second call with the same shapes on, where that is possible and pays. not_lowered: why the eager graph
+    runs, once that is known.
     """
 
     def __init__(self, compiled: Compiled, target: str) -> None:
@@ -105,9 +106,10 @@ class Execution:
     def _passes_of(self, lowered: TrainingGraph) -> Passes:
         if self.target == "streams":
             annotate(lowered)
-            streams = self.compiled.options.streams
-            return Passes(*(streamed(module, streams) for module in split(lowered)), self.taken)
         forward, error = split(lowered)
+        if self.target == "streams":
+            streams = self.compiled.options.streams
+            return Passes(streamed(forward, streams), streamed(error, streams), self.taken)
         return Passes(torch.no_grad()(flatten(forward)), torch.no_grad()(flatten(error)), self.taken)
 
     def _require_equal(self, lowered: Passes, leaves: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ from graphlocal.errors import InputError
 from graphlocal.ir import LocalGraph
 from graphlocal.measured import Measured, measure
 from graphlocal.passes import pipelines
-from graphlocal.passes.cost import Device, Key, Sizes, roofline
+from graphlocal.passes.cost import KINDS, Device, Key, Sizes, roofline
 from graphlocal.passes.pipelines import Link, balanced, device_name
 from graphlocal.passes.simulate import Timeline, grid, simulate
 from graphlocal.rules import Backprop
@@ -65,7 +65,9 @@ class Plan:
         return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
     def _notes(self) -> list[str]:
-        notes = ["speed-up: against backprop on one device. A cell F3.2 is F3 of microbatch 2; B: a whole backward pass."]
+        notes = [
+            "speed-up: against backprop on one device. A cell F3.2 is F3 of microbatch 2; B: a whole backward pass."
+        ]
         notes.append("The optimizer's own time is left out of all of them.")
         if self.measured is None:
             notes.append("Times are from the roofline of the given rates, not measured.")
@@ -110,7 +112,7 @@ def plan(
         costs, exact = _complete(graph, found.actions), _complete(graph, true.actions)
     else:
         costs, exact = roofline(graph, sizes, device), roofline(graph, sizes, device, exact=True)
-    place = balanced([sum(costs.get((k, n), 0.0) for k in "FDU") for n in graph.number.values()], devices)  # type: ignore[call-overload]
+    place = balanced([sum(costs.get((k, n), 0.0) for k in KINDS) for n in graph.number.values()], devices)
     capacity = {device_name(d): streams for d in range(devices)}
     timelines = {"local": simulate(pipelines.local(graph, place, costs, microbatches, link, sizes), capacity)}
     for name in ("gpipe", "1f1b"):
@@ -137,5 +139,4 @@ def _by_backprop(compiled: Compiled) -> Compiled:
 
 def _complete(graph: LocalGraph, actions: Mapping[Key, float]) -> dict[Key, float]:
     """Times of all actions; those that the lowered graph has no operators for take none."""
-    keys: list[Key] = [(kind, n) for n in graph.number.values() for kind in ("F", "D", "U")]  # type: ignore[misc]
-    return {key: actions.get(key, 0.0) for key in keys}
+    return {(kind, n): actions.get((kind, n), 0.0) for n in graph.number.values() for kind in KINDS}

@@ -6,16 +6,18 @@ its memory traffic at the memory's rate, whichever is longer.
 
 from __future__ import annotations
 
+import ast
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-
-import sympy
+from typing import Any
 
 from graphlocal.errors import InputError
 from graphlocal.ir import ActionKind, LocalGraph, Operation, Subgraph, TensorType
 
 Key = tuple[ActionKind, int]
+KINDS: tuple[ActionKind, ...] = ("F", "D", "U")
 
 _BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "float16": 2, "bfloat16": 2, "int16": 2,
           "bool": 1, "int8": 1, "uint8": 1}  # fmt: skip
@@ -49,14 +51,30 @@ class Sizes:
         return prod(map(self._dim, type.shape)) * _BYTES.get(type.dtype, 4) if type else 0
 
     def _dim(self, dim: int | str) -> int:
-        if isinstance(dim, int):
-            return dim
-        if dim in self.dims:
-            return self.dims[dim]
         try:
-            return int(sympy.sympify(dim, locals={k: sympy.Symbol(k) for k in self.dims}).subs(dict(self.dims)))
-        except (TypeError, ValueError, sympy.SympifyError):
-            raise InputError(f"the size {dim!r} of a value is not known", remedy="give the sizes of the inputs") from None
+            return dim if isinstance(dim, int) else _number(ast.parse(dim, mode="eval").body, self.dims)
+        except (SyntaxError, KeyError, TypeError, ZeroDivisionError):
+            raise InputError(
+                f"the size {dim!r} of a value is not known", remedy="give the sizes of the inputs"
+            ) from None
+
+
+_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+               ast.Mod: operator.mod}  # fmt: skip
+
+
+def _number(node: ast.expr, dims: Mapping[str, int]) -> int:
+    """The value of a size such as `2*B+1`; nothing but this arithmetic is run. Raises KeyError or TypeError."""
+    if isinstance(node, ast.Name):
+        return dims[node.id]
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_number(node.operand, dims)
+    if isinstance(node, ast.BinOp):
+        function: Any = _ARITHMETIC[type(node.op)]  # type: ignore[index]
+        return int(function(_number(node.left, dims), _number(node.right, dims)))
+    raise TypeError(ast.dump(node))
 
 
 def roofline(graph: LocalGraph, sizes: Sizes, device: Device, exact: bool = False) -> dict[Key, float]:
@@ -87,9 +105,7 @@ def _traffic(graph: LocalGraph, op: Operation, sizes: Sizes) -> int:
     return read + sum(sizes.of_type(graph.state[s].type) for s in op.states) + sizes.of_type(op.type)
 
 
-def _update(
-    graph: LocalGraph, subgraph: Subgraph, op: Operation, sends: bool, sizes: Sizes, device: Device
-) -> float:
+def _update(graph: LocalGraph, subgraph: Subgraph, op: Operation, sends: bool, sizes: Sizes, device: Device) -> float:
     """Seconds of an operation's part of the vector-Jacobian product."""
     inside = set(subgraph.operations)
     floats = [v for v in op.inputs if graph.is_float(v)]

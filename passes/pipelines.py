@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from graphlocal.ir import LocalGraph
-from graphlocal.passes.cost import Key, Sizes
+from graphlocal.passes.cost import KINDS, Key, Sizes
 from graphlocal.passes.simulate import Task
 from graphlocal.verify import action_dependencies
 
@@ -52,6 +53,7 @@ def balanced(costs: Sequence[float], parts: int) -> list[int]:
 
 
 def device_name(device: int) -> str:
+    """What the simulator calls a device."""
     return f"device {device}"
 
 
@@ -163,27 +165,27 @@ def backprop(
     tasks = Tasks(graph, place, microbatches, link, sizes)
     stages = max(place) + 1
     members = [[n for n, d in enumerate(place, 1) if d == stage] for stage in range(stages)]
-    seconds = {
-        kind: [sum(costs.get((key, n), 0.0) for n in numbers for key in keys) / microbatches for numbers in members]
-        for kind, keys in (("F", ("F",)), ("B", ("D", "U")))
-    }
+    forward, backward = (
+        [sum(costs.get((kind, n), 0.0) for n in numbers for kind in kinds) / microbatches for numbers in members]
+        for kinds in (KINDS[:1], KINDS[1:])
+    )
     crossing = sorted({(v, place[(tasks.owner(v) or 1) - 1], tasks.device(graph.number[s.name]))
                        for s in graph.subgraphs for v in s.inputs if tasks.owner(v)})  # fmt: skip
     crossing = [(v, a, b) for v, a, b in crossing if a != b]
     orders = [_order(schedule, stage, stages, microbatches) for stage in range(stages)]
-    before = {task: previous for order in orders for previous, task in zip(order, order[1:], strict=False)}
+    before = {task: previous for order in orders for previous, task in pairwise(order)}
     for k in range(1, microbatches + 1):
         for stage in range(stages):
             after = [t for v, a, b in crossing if b == stage for t in tasks.send(v, "z", a, b, [f"F{a + 1}.{k}"], k)]
             after += [before[f"F{stage + 1}.{k}"]] if f"F{stage + 1}.{k}" in before else []
-            tasks.run(f"F{stage + 1}", stage, seconds["F"][stage], after, k)
+            tasks.run(f"F{stage + 1}", stage, forward[stage], after, k)
     for k in range(1, microbatches + 1):
         for stage in reversed(range(stages)):
             after = [f"F{stages}.{k}", f"F{stage + 1}.{k}"]
             below = [(v, b) for v, a, b in crossing if a == stage]
             after += [t for v, b in below for t in tasks.send(v, "g", b, stage, [f"B{b + 1}.{k}"], k)]
             after += [before[f"B{stage + 1}.{k}"]] if f"B{stage + 1}.{k}" in before else []
-            tasks.run(f"B{stage + 1}", stage, seconds["B"][stage], after, k)
+            tasks.run(f"B{stage + 1}", stage, backward[stage], after, k)
     return tasks.tasks
 
 
@@ -196,5 +198,5 @@ def _order(schedule: str, stage: int, stages: int, microbatches: int) -> list[st
     warm = min(stages - 1 - stage, microbatches)
     order = forward[:warm]
     for k in range(microbatches):
-        order += forward[warm + k : warm + k + 1] + [backward[k]]
+        order += [*forward[warm + k : warm + k + 1], backward[k]]
     return order

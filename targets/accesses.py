@@ -36,10 +36,6 @@ class Access:
     writes: Roots = frozenset()
     result: Roots = frozenset()
 
-    def before(self, later: Access) -> bool:
-        """Whether a later node must wait for this one, because of memory that one of them writes."""
-        return not (self.writes.isdisjoint(later.reads | later.writes) and self.reads.isdisjoint(later.writes))
-
 
 def annotate(training: TrainingGraph) -> None:
     """Write an Access as `meta["access"]` on every node of a training graph; copies of the graph keep it."""

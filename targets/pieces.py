@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import fx
@@ -220,7 +220,7 @@ def _conflicts(cut: Cut) -> Iterator[tuple[int, int, str]]:
                 if first != second:
                     yield first, second, f"{found[k][1].name} writes memory ({root}) that {node.name} uses"
     updates = [i for i, piece in enumerate(cut.pieces) if piece.updates]
-    yield from ((a, b, "the optimizer takes its updates in order") for a, b in zip(updates, updates[1:], strict=False))
+    yield from ((a, b, "the optimizer takes its updates in order") for a, b in pairwise(updates))
 
 
 def _order_error(cut: Cut, i: int, j: int, cause: str) -> OrderError:

@@ -14,6 +14,7 @@ import graphlocal
 import zoo
 from graphlocal import units
 from graphlocal.errors import InputError
+from graphlocal.ir import TensorType
 from graphlocal.measured import measure
 from graphlocal.passes import pipelines
 from graphlocal.passes.cost import Device, Sizes, roofline
@@ -244,6 +245,17 @@ def test_the_roofline_of_a_linear_layer():
     assert compute["D", 1] == 2 * 8 * 16 * 32
     memory = roofline(local.graph, sizes, Device(flops=1e30, bytes=1.0))
     assert memory["F", 2] == 4 * (8 * 32 + 32 * 16 + 16 + 8 * 16)
+
+
+@pytest.mark.parametrize(("dim", "size"), [(3, 3), ("B", 8), ("2*B", 16), ("(B-1)//2+1", 4), ("S1*B", 40), ("-1+B", 7)])
+def test_sizes_that_the_graph_leaves_open(chains, dim, size):
+    assert Sizes(chains[2], {"B": 8, "S1": 5}).of_type(TensorType("float16", (dim, 2))) == 4 * size
+
+
+@pytest.mark.parametrize("dim", ["S9", "B/2", "__import__('os')", "B.real", "B//0", "("])
+def test_sizes_that_are_no_arithmetic_are_refused(chains, dim):
+    with pytest.raises(InputError, match="is not known"):
+        Sizes(chains[2], {"B": 8}).of_type(TensorType("float32", (dim,)))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_updates_under_skip_errors_wait_for_the_output_error_alone():
 def test_backprop_waits_for_the_update_above():
     pieces = error_cut("deep_mlp", Backprop())
     chain = [i for i, piece in enumerate(pieces.pieces) if not piece.updates]
-    assert all(below_needs & {above} for above, below_needs in zip(chain, (pieces.needs[i] for i in chain[1:])))
+    assert all(above in pieces.needs[below] for above, below in pairwise(chain))
 
 
 # Order
@@ -140,7 +141,7 @@ def test_the_checker_finds_every_dependency_that_is_taken_out(name):
     found = 0
     for i, needs in enumerate(pieces.needs):
         for j in needs:
-            others = pieces.needs[:i] + (needs - {j},) + pieces.needs[i + 1 :]
+            others = (*pieces.needs[:i], needs - {j}, *pieces.needs[i + 1 :])
             corrupted = replace(pieces, needs=others)
             if not reachable(others, j, i):
                 with pytest.raises(OrderError, match="not kept in order"):
@@ -193,13 +194,16 @@ def delay(local: graphlocal.LocalModule, seconds: float, monkeypatch) -> None:
     """Let every piece of a model sleep at random before and after it runs."""
     generator = random.Random(0)
     for p in passes(local):
+
         def slow(function):
             def run(*values):
                 time.sleep(generator.random() * seconds)
                 results = function(*values)
                 time.sleep(generator.random() * seconds)
                 return results
+
             return run
+
         monkeypatch.setattr(p, "cut", replace(p.cut, functions=tuple(map(slow, p.cut.functions))))  # fmt: skip
 
 
@@ -307,7 +311,9 @@ def test_models_that_train_in_several_threads_at_a_time_do_not_block_each_other(
         thread.join(timeout=60)
     assert len(found) == 3
     for state in found:
-        assert_equal({k: v for k, v in state.items() if k != "random"}, {k: expected[k] for k in state if k != "random"})
+        assert_equal(
+            {k: v for k, v in state.items() if k != "random"}, {k: expected[k] for k in state if k != "random"}
+        )
 
 
 def test_values_are_freed_after_their_last_reader():
