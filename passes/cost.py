@@ -72,7 +72,7 @@ def _number(node: ast.expr, dims: Mapping[str, int]) -> int:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_number(node.operand, dims)
     if isinstance(node, ast.BinOp):
-        function: Any = _ARITHMETIC[type(node.op)]  # type: ignore[index]
+        function: Any = _ARITHMETIC[type(node.op)]
         return int(function(_number(node.left, dims), _number(node.right, dims)))
     raise TypeError(ast.dump(node))
 

@@ -83,9 +83,10 @@ class StreamedPass:
 
 
 class _Dispatch:
-    """One run of a pass on threads. All that it holds is changed under `changed`.
+    """One run of a pass on threads. All that it holds is changed under `lock`.
 
-    waiting: how many pieces each one still waits for. ready: heaps of places, for any lane and for the caller's.
+    waiting: how many pieces each one still waits for. ready, updates: heaps of places, for any lane and for the
+    caller's. idle: where a lane without work waits, the caller's (lane 0) and the helpers'.
     """
 
     def __init__(self, streamed: StreamedPass, table: dict[str, Any], threads: int) -> None:
@@ -96,7 +97,8 @@ class _Dispatch:
         self.readers = dict(streamed.readers)
         self.ready: list[int] = []
         self.updates: list[int] = []
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
+        self.idle = threading.Condition(self.lock), threading.Condition(self.lock)
         self.failure: BaseException | None = None
         for i, count in enumerate(self.waiting):
             if not count:
@@ -111,18 +113,18 @@ class _Dispatch:
                 while (i := self._next(lane)) is not None:
                     self._run(i, lane)
         except BaseException as error:  # Ctrl-C too: the other lanes have to stop before the caller goes on
-            with self.changed:
+            with self.lock:
                 self.failure = self.failure or error
-                self.changed.notify_all()
+                self._wake_all()
 
     def _next(self, lane: int) -> int | None:
-        with self.changed:
+        with self.lock:
             while self.left and self.failure is None:
                 if not lane and self.updates:
                     return heapq.heappop(self.updates)
                 if self.ready:
                     return heapq.heappop(self.ready)
-                self.changed.wait()
+                self.idle[lane > 0].wait()
         return None
 
     def _run(self, i: int, lane: int) -> None:
@@ -131,7 +133,7 @@ class _Dispatch:
         start = time.perf_counter()
         results = streamed.cut.functions[i](*(table[name] for name in piece.reads))
         end = time.perf_counter()
-        with self.changed:
+        with self.lock:
             if streamed.trace is not None:
                 streamed.trace.append(Ran(i, lane, start, end))
             table.update(zip(piece.writes, results, strict=True))
@@ -141,7 +143,21 @@ class _Dispatch:
                 self.waiting[j] -= 1
                 if not self.waiting[j]:
                     self._make_ready(j)
-            self.changed.notify_all()
+            self._wake(lane)
+
+    def _wake(self, lane: int) -> None:
+        """Wake as many lanes as there is work for beside what this one takes next; a wake-up costs microseconds."""
+        if not self.left:
+            self._wake_all()
+        beside = len(self.ready) - (0 if self.updates and not lane else 1)
+        if beside > 0:
+            self.idle[1].notify(beside)
+        if lane and (self.updates or beside > 0):
+            self.idle[0].notify()
+
+    def _wake_all(self) -> None:
+        for condition in self.idle:
+            condition.notify_all()
 
     def _make_ready(self, i: int) -> None:
         heapq.heappush(self.updates if self.streamed.cut.pieces[i].updates else self.ready, i)
