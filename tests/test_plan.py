@@ -316,6 +316,9 @@ def test_a_measured_plan_has_a_time_for_every_action_and_leaves_the_model_alone(
     assert {key for key in keys if key[0] in "FU"} <= set(found.actions) <= keys
     assert all(seconds > 0 for seconds in found.actions.values())
     shown = str(graphlocal.plan(local, devices=2, measured=True))
+    alone = graphlocal.plan(local, devices=1, microbatches=1, measured=True)
+    assert alone.timelines["local"].makespan == pytest.approx(alone.one_device["local"])
+    assert alone.timelines["gpipe"].makespan == pytest.approx(alone.one_device["backprop"])
     assert "of the measured step" in shown
     assert all(torch.equal(before[key], value) for key, value in local.state_dict().items())
 

@@ -6,6 +6,7 @@ import _thread
 import random
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -23,7 +24,7 @@ from graphlocal.targets.accesses import annotate
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.lowered import NotLowered, lower
 from graphlocal.targets.pieces import Cut, OrderError, check_order, cut
-from graphlocal.targets.streams import StreamedPass, assign_lanes
+from graphlocal.targets.streams import StreamedPass, _CudaLanes, assign_lanes
 from graphlocal.targets.training_graph import split
 
 DOZEN = [
@@ -392,6 +393,64 @@ def test_lanes_follow_the_piece_before_and_keep_the_optimizer_on_one():
     assert set(lanes) == {0, 1, 2}
     assert {lane for lane, piece in zip(lanes, pieces.pieces, strict=True) if piece.updates} == {0}
     assert set(assign_lanes(pieces, 1)) == {0}
+
+
+class FakeStream:
+    """A CUDA stream as far as order goes: it knows which pieces are over before whatever is issued to it next."""
+
+    current: FakeStream
+
+    def __init__(self, device=None):
+        self.over: set[int] = set()
+
+    def wait_stream(self, other):
+        self.over |= other.over
+
+    wait_event = wait_stream
+
+    def record_event(self):
+        event = FakeStream()
+        event.over = set(self.over)
+        return event
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+@pytest.mark.parametrize("name", ["deep_mlp", "tied_weight", "unet", "several_inputs_outputs"])
+def test_cuda_streams_are_issued_so_that_every_piece_waits_for_what_it_needs(name, streams, monkeypatch):
+    expected = trained(name, compiled(name, target="lowered"), 3)
+    local = warmed(name, target="streams", streams=streams)
+    caller = FakeStream.current = FakeStream()
+
+    @contextmanager
+    def using(stream):
+        before, FakeStream.current = FakeStream.current, stream
+        yield
+        FakeStream.current = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", using)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
+
+    def checked(p, i, function):
+        def run(*values):
+            assert p.cut.needs[i] <= FakeStream.current.over
+            FakeStream.current.over.add(i)
+            return function(*values)
+
+        return run
+
+    for p in passes(local):
+        lanes = _CudaLanes(p, torch.device("cuda"))
+        p.cut = replace(p.cut, functions=tuple(checked(p, i, f) for i, f in enumerate(p.cut.functions)))
+
+        def one_step(table, p=p, lanes=lanes):
+            for stream in (caller, *lanes.streams):
+                stream.over.clear()
+            lanes(table)
+            assert caller.over == set(range(len(p.cut.pieces)))
+
+        p._run = one_step
+    assert_equal(trained(name, local, 3), expected)
 
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA streams and capture need one")
