@@ -13,6 +13,7 @@ from graphlocal.compile import compile
 from graphlocal.errors import GraphLocalError
 from graphlocal.goals import ClassCodes
 from graphlocal.load import load
+from graphlocal.plan import Plan, plan
 from graphlocal.recalibrate import recalibrate
 from graphlocal.representations import knn_error, representations
 from graphlocal.runtime import LocalModule
@@ -25,6 +26,7 @@ __all__ = [
     "Finding",
     "GraphLocalError",
     "LocalModule",
+    "Plan",
     "Report",
     "TrainStep",
     "alignment",
@@ -32,6 +34,7 @@ __all__ = [
     "compile",
     "knn_error",
     "load",
+    "plan",
     "recalibrate",
     "representations",
     "rules",

@@ -22,6 +22,7 @@ def compile(
     partition: Policy = "auto",
     skip_errors: Iterable[tuple[str, str]] = (),
     target: str = "auto",
+    streams: int | None = None,
 ) -> LocalModule:
     """Turn a model into one that learns locally: the same model, trained in place, with any loss and optimizer.
 
@@ -31,8 +32,10 @@ def compile(
     segments, globs of module paths, or a callable from an operation to the name of its subgraph.
     skip_errors: further skip-error connections, (source, target), by subgraph name; a source may be "output".
     target: how the training graph is run: "lowered" to ATen operators without autograd, for each shape of the inputs;
-    "inductor", the same compiled by torch.compile (the first steps take long); "eager", subgraph by subgraph with
-    autograd inside; "auto" chooses between eager and lowered.
+    "inductor", the same compiled by torch.compile (the first steps take long); "streams", lowered and on several
+    threads (on a GPU: CUDA streams) at a time; "eager", subgraph by subgraph with autograd inside; "auto" chooses
+    between eager and lowered.
+    streams: how many actions may run at one time, with target="streams"; by default 2 on a CPU, 4 on a GPU.
 
     Raises InputError, TraceError, PartitionError or VerifyError; the model is then left as it was.
     """
@@ -48,7 +51,23 @@ def compile(
             why="they have no values, and tracing runs the model",
             remedy="call model.to_empty(device='cpu') and initialize or load its weights first",
         )
-    return LocalModule(model, example_inputs, Options(find(rule), partition, _pairs(skip_errors), target=target))
+    options = Options(find(rule), partition, _pairs(skip_errors), _streams(model, target, streams), target)
+    return LocalModule(model, example_inputs, options)
+
+
+MOST_STREAMS = 1024
+
+
+def _streams(model: nn.Module, target: str, streams: int | None) -> int:
+    if streams is None:
+        if target != "streams":
+            return 1
+        return 4 if any(p.is_cuda for p in model.parameters()) else 2
+    if target != "streams":
+        raise InputError(f"streams={streams!r} with target {target!r}", remedy='pass target="streams" with it')
+    if not isinstance(streams, int) or isinstance(streams, bool) or not 1 <= streams <= MOST_STREAMS:
+        raise InputError(f"streams={streams!r}", remedy=f"pass a number of streams from 1 to {MOST_STREAMS}, or None")
+    return streams
 
 
 def _pairs(skip_errors: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

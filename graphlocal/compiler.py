@@ -42,7 +42,7 @@ from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
 from graphlocal.verify import dead_parameters
 
-TARGETS = ("auto", "eager", "lowered", "inductor")
+TARGETS = ("auto", "eager", "lowered", "inductor", "streams")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,10 @@ class Compiled:
     @property
     def rule(self) -> Rule:
         return self.options.rule
+
+    @property
+    def streams(self) -> int:
+        return self.options.streams
 
     @property
     def calibrates(self) -> bool:

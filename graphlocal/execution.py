@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from graphlocal.preserve import preserved
+from graphlocal.targets.accesses import annotate
 from graphlocal.targets.compilation import Compilation
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
+from graphlocal.targets.streams import streamed
 from graphlocal.targets.training_graph import TrainingGraph, split
 
 MANY_SHAPES = 8
@@ -43,12 +45,14 @@ class Passes:
 class Execution:
     """Runs one compilation.
 
-    target: `"eager"`; `"lowered"` or `"inductor"`, or NotLowered is raised; `"auto"`: lowered from the second call with
-    the same shapes on, where that is possible and pays. not_lowered: why the eager graph runs, once that is known.
+    target: `"eager"`; `"lowered"`, `"inductor"` or `"streams"` (lowered, on several lanes), or NotLowered is raised;
+    `"auto"`: lowered from the second call with the same shapes on, where that is possible and pays. not_lowered: why
+    the eager graph runs, once that is known.
     """
 
     def __init__(self, compiled: Compilation, target: str) -> None:
         self.compiled, self.target = compiled, target
+        self._strict = target not in ("auto", "eager")
         self.not_lowered: NotLowered | None = None
         self.taken = compiled.differentiable  # the outputs that the last loss sent an error
         self._shapes: set[Any] = set()
@@ -67,7 +71,7 @@ class Execution:
             self.not_lowered = NotLowered("a relaxation repeats its steps, each of which would be lowered anew")
         elif target == "auto" and any(_RECURRENT.match(op.target) for op in compiled.graph.operations):
             self.not_lowered = NotLowered("a whole recurrent layer is one fast operator, but hundreds once lowered")
-        if self.not_lowered is not None and target not in ("auto", "eager") and not compiled.calibrates:
+        if self.not_lowered is not None and self._strict and not compiled.calibrates:
             raise self.not_lowered
 
     def run(self, leaves: list[Any], fused: bool) -> Run:
@@ -90,13 +94,13 @@ class Execution:
         if len(self._shapes) < MANY_SHAPES:
             self._shapes.add(shapes)
         asks_back = any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
-        if asks_back or shapes not in self._shapes or not (seen or self.target != "auto"):
+        if asks_back or shapes not in self._shapes or not (seen or self._strict):
             return None
         try:
             self._passes[key] = self._lower(leaves, fused)
         except NotLowered as error:
             self.not_lowered = error
-            if self.target != "auto":
+            if self._strict:
                 raise
         return self._passes.get(key)
 
@@ -109,7 +113,12 @@ class Execution:
         return self._passes_of(with_updates(lowered)) if fused else plain
 
     def _passes_of(self, lowered: TrainingGraph) -> Passes:
+        if self.target == "streams":
+            annotate(lowered)
         forward, error = split(lowered)
+        if self.target == "streams":
+            streams = self.compiled.streams
+            return Passes(streamed(forward, streams), streamed(error, streams), self.taken)
         return Passes(torch.no_grad()(flatten(forward)), torch.no_grad()(flatten(error)), self.taken)
 
     def _by_inductor(self, lowered: TrainingGraph, fused: bool) -> Passes:

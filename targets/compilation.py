@@ -40,6 +40,9 @@ class Compilation(Protocol):
     def guarded(self) -> bool: ...
 
     @property
+    def streams(self) -> int: ...
+
+    @property
     def calibrates(self) -> bool: ...
 
     @property

@@ -23,7 +23,7 @@ FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphloca
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"arguments", "data", "files", "goals", "guards", "ir", "preserve", "source"}),
+    frozenset({"arguments", "data", "files", "goals", "guards", "ir", "preserve", "source", "units"}),
     frozenset({"text", "verify"}),
     frozenset({"cost", "feedback", "fitting", "partial_optimizer", "sample_store", "statistics_lag"}),
     frozenset({"nn", "unrolled", "normalize", "opaque", "selfcheck"}),
@@ -33,12 +33,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"passes"}),
     frozenset({"targets"}),
     frozenset({"execution"}),
-    frozenset({"compiler"}),
+    frozenset({"compiler", "measured"}),
     frozenset({"artefact"}),
     frozenset({"runtime"}),
     frozenset({"compile", "load"}),
-    frozenset({"alignment", "check", "partition", "recalibrate", "representations", "step"}),
-    frozenset({"model_spec", "sweep", "training"}),
+    frozenset({"alignment", "check", "partition", "plan", "recalibrate", "representations", "step"}),
+    frozenset({"captured_step", "model_spec", "sweep", "training"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names
     frozenset({"cli", "demo"}),
     frozenset({"__main__"}),

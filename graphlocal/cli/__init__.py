@@ -14,6 +14,7 @@ from graphlocal.cli.compile import compile
 from graphlocal.cli.demo import demo
 from graphlocal.cli.export import export
 from graphlocal.cli.options import console
+from graphlocal.cli.plan import plan
 from graphlocal.cli.show import show
 from graphlocal.cli.sweep import sweep
 from graphlocal.cli.train import train
@@ -23,7 +24,7 @@ app = typer.Typer(
     help="Turn any PyTorch model into local learners.", no_args_is_help=True, add_completion=False,
     rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
-for _command in (check, compile, show, export, train, sweep, demo):
+for _command in (check, compile, show, export, plan, train, sweep, demo):
     app.command()(_command)
 
 

@@ -1,0 +1,98 @@
+"""Time of a fused training step with target="streams", against the sequential lowered target and eager backprop.
+
+All ways run in one process, once a round and in turn. On a CPU the rival of two lanes is two threads inside every
+kernel; so both are measured. Fused steps with Adam, leaf subgraphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+
+import torch
+
+import graphlocal
+from benchmarks import report
+from benchmarks.step_time import CASES, Case, Step, loss_fn
+
+CHOSEN = ("MLP 64×128 (deep, thin)", "MLP 8×1024", "small ResNet on 8×8")
+WAYS = {
+    "streams, 1 lane": ("streams", 1, 1),
+    "streams, 2 lanes": ("streams", 2, 2),
+    "lowered, 2 threads in kernels": ("lowered", None, 2),
+}
+"""Name: the target, its streams, and torch's threads, which lanes share. All else has one thread."""
+
+
+def ways(case: Case) -> dict[str, Step]:
+    """The same training step in each way, on a model of its own."""
+    torch.manual_seed(0)
+    start = case.make()
+    x, y = torch.randn(case.batch, *case.shape), torch.randint(case.classes, (case.batch,))
+    model = copy.deepcopy(start)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+
+    def backprop() -> None:
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def fused(target: str, streams: int | None, threads: int) -> Step:
+        local = graphlocal.compile(
+            copy.deepcopy(start), example_inputs=(x,), partition="leaf", target=target, streams=streams
+        )
+        step = graphlocal.train_step(local, loss_fn, torch.optim.Adam(local.parameters(), 1e-4))
+
+        def run() -> None:
+            torch.set_num_threads(threads)
+            step(x, y)
+            torch.set_num_threads(1)
+
+        return run
+
+    return {"backprop": backprop, "lowered": fused("lowered", None, 1)} | {n: fused(*w) for n, w in WAYS.items()}
+
+
+def measure(case: Case, rounds: int) -> list[str]:
+    """A row of the table."""
+    steps = ways(case)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 3):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if i >= 3:
+                times[name].append(time.perf_counter() - start)
+    row = [f"{case.title}, {case.batch}"]
+    row += [f"{1000 * statistics.median(times[name]):.1f}" for name in ("backprop", "lowered")]
+    row.append(_ratio(times["lowered"], times["backprop"]))
+    for name in WAYS:
+        row += [_ratio(times[name], times[base]) for base in ("lowered", "backprop")]
+    print(" | ".join(row), file=sys.stderr)
+    return row
+
+
+def _ratio(mine: list[float], other: list[float]) -> str:
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, other, strict=True)], n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def main() -> None:
+    """Measure the cases and write benchmarks/results/streams.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cases = [max((c for c in CASES if c.title == title), key=lambda c: c.batch) for title in CHOSEN]
+    rows = [measure(case, arguments.rounds) for case in cases]
+    header = ["model, batch", "backprop, ms", "lowered, ms", "lowered / backprop"]
+    header += [f"{name} / {base}" for name in WAYS for base in ("lowered", "backprop")]
+    notes = "Median and quartiles of the ratio within a round; below 1 is faster. One thread where nothing is said."
+    report.write("streams", "Streams", "python -m benchmarks.streams", [report.table(header, rows)], notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""`graphlocal plan`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import graphlocal
+from graphlocal.cli.options import Depth, Inputs, Model, PartitionText, RuleName, Settings, console, make_rule
+from graphlocal.model_spec import example_inputs, load_model, parse_partition
+
+
+def plan(
+    model: Model, input: Inputs = [], set: Settings = [], rule: RuleName = "rec-lra",  # noqa: B006
+    partition: PartitionText = "auto", depth: Depth = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Devices to spread the subgraphs over.")] = 8,
+    bandwidth: Annotated[str, typer.Option(help="Of a device's link: 10Gb (bits a second), 1GB (bytes).")] = "10Gb",
+    latency: Annotated[str, typer.Option(help="Of a link, such as 5us.")] = "5us",
+    streams: Annotated[int, typer.Option(min=1, help="Actions that a device runs at one time.")] = 1,
+    microbatches: Annotated[int, typer.Option(min=1, help="Parts that the batch is cut into.")] = 8,
+    flops: Annotated[str, typer.Option(help="A device's rate of arithmetic, such as 19.5T.")] = "1T",
+    memory: Annotated[str, typer.Option(help="A device's rate of memory traffic, such as 1.6TB.")] = "100GB",
+    measured: Annotated[bool, typer.Option("--measured", help="Time every action on this machine instead.")] = False,
+) -> None:  # fmt: skip
+    """Simulate a training step on several devices, beside backpropagation's pipelines GPipe and 1F1B.
+
+    Example: graphlocal plan torchvision.models:resnet18 --input 32x3x64x64 --devices 8 --bandwidth 10Gb
+    """
+    local = graphlocal.compile(
+        load_model(model, set), example_inputs=example_inputs(input), rule=make_rule(rule, depth),
+        partition=parse_partition(partition),
+    )  # fmt: skip
+    found = graphlocal.plan(
+        local, devices, bandwidth, latency, streams, microbatches, flops=flops, memory=memory, measured=measured
+    )
+    console.print(str(found), markup=False)
