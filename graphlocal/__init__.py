@@ -12,6 +12,7 @@ from graphlocal.check import Finding, Report, check
 from graphlocal.compile import compile
 from graphlocal.errors import GraphLocalError
 from graphlocal.load import load
+from graphlocal.monitor import Monitor
 from graphlocal.recalibrate import recalibrate
 from graphlocal.runtime import LocalModule
 from graphlocal.step import TrainStep, train_step
@@ -22,6 +23,7 @@ __all__ = [
     "Finding",
     "GraphLocalError",
     "LocalModule",
+    "Monitor",
     "Report",
     "TrainStep",
     "alignment",
