@@ -15,10 +15,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -30,62 +29,11 @@ from graphlocal.run_log import RunLog
 from graphlocal.runtime import LocalModule
 from graphlocal.step import LossFunction
 from graphlocal.tensorboard_view import TensorBoardView
+from graphlocal.training_records import EpochRecord, StepRecord, View
 
 Step = Callable[[Any, Any], Tensor]
 SELDOM = 10
 """Angles and histograms are taken on every tenth observation, by default."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One observed training step.
-
-    step: its number, from 1. seconds: since the monitor was made. loss: of the batch before the update. By subgraph:
-    local_loss (`graphlocal.observation` defines it), update_norm (of the local update), weight_norm, and step_ratio,
-    the norm of what the optimizer changed over that of the weights before. angle: in degrees, between update and true
-    gradient, by subgraph, with `overall_angle` of all together; None on steps that don't measure it. credit_depth: of
-    how many subgraphs the mean sample's error reached the neuron, for a rule that lets samples stop. updates: the
-    local update of each parameter.
-    """
-
-    step: int
-    seconds: float
-    loss: float
-    local_loss: dict[str, float]
-    update_norm: dict[str, float]
-    weight_norm: dict[str, float]
-    step_ratio: dict[str, float]
-    angle: dict[str, float] | None = None
-    overall_angle: float | None = None
-    credit_depth: float | None = None
-    updates: dict[str, Tensor] = field(default_factory=dict, repr=False)
-
-    @property
-    def seldom(self) -> bool:
-        """Whether this is one of the steps that measure more."""
-        return self.angle is not None
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """An epoch that ended. of: "local", or the name of a model trained beside it. test_error: per cent."""
-
-    of: str
-    epoch: int
-    step: int
-    loss: float
-    test_error: float | None = None
-    seconds: float | None = None
-
-
-class View(Protocol):
-    """Something that shows or keeps what a monitor sees."""
-
-    def on_step(self, record: StepRecord) -> None: ...
-
-    def on_epoch(self, record: EpochRecord) -> None: ...
-
-    def close(self, status: str) -> None: ...
 
 
 class Monitor:
@@ -97,7 +45,7 @@ class Monitor:
     run: folder of a run log (`graphlocal report` reads it); meta: what to keep beside it. resume: go on with that
     run's step numbers. tensorboard: folder for TensorBoard. views: further ones.
 
-    Raises InputError for options out of range, where the folder can't be written or is in use, and where TensorBoard
+    steps: taken so far. overhead: seconds spent on observing. Raises InputError for options out of range, where the folder can't be written or is in use, and where TensorBoard
     is not installed.
     """
 
@@ -116,7 +64,7 @@ class Monitor:
         if resume and run is None:
             raise InputError("resume=True without a run", remedy="pass run=FOLDER, the folder of the run to go on with")
         self.local, self.loss_fn, self.held = local, loss_fn, held
-        self.steps = 0
+        self.steps, self.overhead = 0, 0.0
         self.views: list[View] = []
         self._start = time.perf_counter()
         if tensorboard is not None:
@@ -146,12 +94,15 @@ class Monitor:
             yield
             self.steps = number
             return
+        begun = time.perf_counter()
         start = self._before(number, x, y)
+        self.overhead += time.perf_counter() - begun
         yield
-        self.steps = number
+        self.steps, begun = number, time.perf_counter()
         record = self._after(number, *start)
         for view in self.views:
             view.on_step(record)
+        self.overhead += time.perf_counter() - begun
 
     def epoch(
         self, epoch: int, loss: float, test_error: float | None = None, seconds: float | None = None, of: str = "local"

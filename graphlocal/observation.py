@@ -57,7 +57,7 @@ def observe(local: LocalModule, loss_fn: LossFunction, x: Any, y: Any) -> Observ
     args, kwargs = call_of(x, "x")
     leaves, spec = local._binder.flatten(args, kwargs)
     leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    with _same_order(local):
+    with same_order(local):
         for compiled in local._fitting(leaves, spec):
             with suppress(GuardFailure), preserved(local), torch.enable_grad():
                 return _Observer(local, compiled, loss_fn, y).run(leaves)
@@ -65,7 +65,7 @@ def observe(local: LocalModule, loss_fn: LossFunction, x: Any, y: Any) -> Observ
 
 
 @contextmanager
-def _same_order(local: LocalModule) -> Iterator[None]:
+def same_order(local: LocalModule) -> Iterator[None]:
     """Compilations made here come after those known before, so that training goes on with its own."""
     known = list(local._cache)
     try:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphlocal.errors import InputError
 from graphlocal.runtime import LocalModule
-
-if TYPE_CHECKING:
-    from graphlocal.monitor import EpochRecord, StepRecord
+from graphlocal.training_records import EpochRecord, StepRecord
 
 
 class TensorBoardView:
@@ -34,7 +32,7 @@ class TensorBoardView:
                 "TensorBoard's writer is missing", why=str(error), remedy="pip install tensorboard"
             ) from None
         try:
-            self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+            self.writer: Any = SummaryWriter(str(folder))
         except OSError as error:
             raise InputError(f"{folder} can't be written", why=str(error)) from error
         self.local = local

@@ -39,7 +39,10 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"compile", "load"}),
     frozenset({"alignment", "check", "partition", "recalibrate", "step"}),
     frozenset({"model_spec", "training"}),
-    frozenset({"live", "meta", "monitor", "observation", "representations", "run_log", "tensorboard_view"}),
+    frozenset(
+        {"live_view", "meta", "monitor", "observation", "representations", "run_log", "tensorboard_view"}
+        | {"training_records"}
+    ),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names
     frozenset({"report"}),
     frozenset({"cli", "demo"}),
