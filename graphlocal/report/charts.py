@@ -150,7 +150,9 @@ def heat(rows: Sequence[tuple[str, Sequence[tuple[float, float | None]]]], frame
         y = TOP + i * height
         if height > 10 or i % 2 == 0:
             shown = name if len(name) <= 28 else f"{name[:12]}…{name[-15:]}"
-            parts.append(f'<text class="tick" x="{left - 6}" y="{y + height - 3.5}" text-anchor="end">{escape(shown)}</text>')
+            parts.append(
+                f'<text class="tick" x="{left - 6}" y="{y + height - 3.5}" text-anchor="end">{escape(shown)}</text>'
+            )
         for x, value in points:
             if value is not None and colour.holds(value):
                 at = across(place[x])
@@ -172,7 +174,9 @@ def _legend(colour: Scale, frame: Frame, diverging: bool, width: int, y: float) 
     cells, wide, x = 24, 6, width - RIGHT - 190
     parts = [f'<text class="name" x="{x - 8}" y="{y + 9}" text-anchor="end">{escape(frame.y_label)}</text>']
     for i in range(cells):
-        parts.append(f'<rect x="{x + i * wide}" y="{y}" width="{wide + 0.3}" height="9" fill="{ramp(i / 23, diverging)}"/>')
+        parts.append(
+            f'<rect x="{x + i * wide}" y="{y}" width="{wide + 0.3}" height="9" fill="{ramp(i / 23, diverging)}"/>'
+        )
     for value, at in ((colour.low, 0), (colour.high, cells * wide)):
         parts.append(f'<text class="tick" x="{x + at}" y="{y + 20}" text-anchor="middle">{value:.2g}</text>')
     return "".join(parts)
@@ -192,9 +196,7 @@ def ramp(share: float, diverging: bool = False) -> str:
 
 
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    )
+    return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
 def finite(value: float | None) -> float | None:
