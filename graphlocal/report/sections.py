@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
-from graphlocal.report.charts import Frame, Series, dots, finite, heat, lines
+from graphlocal.report.charts import Frame, Series, dots, finite, lines
 from graphlocal.report.clusters import Clusters
+from graphlocal.report.heat import heat
 from graphlocal.run_log import Record, Run
 
 MULTIPLES = 12
@@ -50,7 +52,7 @@ def _epochs(run: Run) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     rule = str(run.meta.get("rule_name", "local"))
     for record in sorted(run.of("epoch"), key=lambda record: record["of"] != "local"):
-        name = record["of"]
+        name = str(record["of"])
         shown = rule if name == "local" else name if name != rule else f"{name} (autograd)"
         found.setdefault(shown, []).append(record)
     return found
@@ -71,8 +73,8 @@ def curves(run: Run) -> str:
         ]
 
     batches = [Series("batch", _batch_losses(run, steps), "s0", faint=True)] if steps else []
-    loss = lines([*batches, *series("loss")],
-                 Frame("epoch", "training loss (mean of the epoch)", log=True, epochs=True), "training loss")  # fmt: skip
+    losses = Frame("epoch", "training loss (mean of the epoch)", log=True, epochs=True)
+    loss = lines([*batches, *series("loss")], losses, "training loss")
     error = lines(series("test_error"), Frame("epoch", "test error (%)", zero=True, epochs=True), "test error")
     notes = " The thin line is the loss of single batches." if batches else ""
     return _section(
@@ -86,7 +88,7 @@ def _batch_losses(run: Run, steps: Sequence[Record]) -> Points:
     ends = [(0, 0.0), *((r["step"], float(r["epoch"])) for r in run.of("epoch") if r["of"] == "local")]
     found: Points = []
     for record in steps:
-        for (a, first), (b, last) in zip(ends, ends[1:], strict=False):
+        for (a, first), (b, last) in pairwise(ends):
             if a < record["step"] <= b and record["step"] > 0:
                 at = first + (record["step"] - a) / (b - a) * (last - first)
                 if at >= 1:
@@ -136,7 +138,8 @@ def subgraphs(run: Run) -> str:
 
 
 def _group(names: Sequence[str], steps: Sequence[Record], key: str, title: str, y_label: str, about: str,
-           log: bool = False, limits: tuple[float, float] | None = None, line_at: float | None = None) -> str:  # fmt: skip
+           log: bool = False, limits: tuple[float, float] | None = None, line_at: float | None = None,
+           ) -> str:  # fmt: skip
     series = {name: [(r["step"], finite(r[key].get(name))) for r in steps if key in r] for name in names}
     values = [y for points in series.values() for _, y in points if y is not None and (y > 0 or not log)]
     if not values:
@@ -146,10 +149,10 @@ def _group(names: Sequence[str], steps: Sequence[Record], key: str, title: str, 
         frame = Frame("step", y_label, width=960, log=log, limits=limits, line_at=line_at)
         return _section(title, heat(list(series.items()), frame, title, diverging=line_at is not None), about)
     ticks = (0.0, 45.0, 90.0, 135.0, 180.0) if line_at is not None else None
-    frame = Frame("step", y_label, 300, 190, log, limits=limits, line_at=line_at, y_ticks=ticks)
+    frame = Frame("step", y_label, 240, 170, log, limits=limits, line_at=line_at, y_ticks=ticks)
     cells = [
-        f"<figure><figcaption>{escape(name)}</figcaption>{lines([Series(name, points, 's0')], frame, f'{title}: {name}')}"
-        "</figure>"
+        f"<figure><figcaption>{escape(name)}</figcaption>"
+        f"{lines([Series(name, points, 's0')], frame, f'{title}: {name}')}</figure>"
         for name, points in series.items()
     ]
     return _section(title, f"<div class='multiples'>{''.join(cells)}</div>", about)
@@ -194,7 +197,8 @@ def details(run: Run) -> str:
     rows = "".join(
         f"<tr><th>{escape(str(k))}</th><td>{escape(_plain(v))}</td></tr>" for k, v in sorted(run.meta.items())
     )
-    return f"<section><details><summary>How this run was made</summary><table class='meta'>{rows}</table></details></section>"
+    table = f"<table class='meta'>{rows}</table>"
+    return f"<section><details><summary>How this run was made</summary>{table}</details></section>"
 
 
 def _plain(value: Any) -> str:
