@@ -45,7 +45,8 @@ class Monitor:
     run: folder of a run log (`graphlocal report` reads it); meta: what to keep beside it. resume: go on with that
     run's step numbers. tensorboard: folder for TensorBoard. views: further ones.
 
-    steps: taken so far. overhead: seconds spent on observing. Raises InputError for options out of range, where the folder can't be written or is in use, and where TensorBoard
+    steps: taken so far. overhead: seconds spent on observing.
+    Raises InputError for options out of range, where the folder can't be written or is in use, and where TensorBoard
     is not installed.
     """
 
