@@ -188,7 +188,6 @@ class _Logged:
 
     def close(self, status: str) -> None:
         self.log.write({"kind": "end", "status": status})
-        self.log.close()
 
 
 def _credit_depth(local: LocalModule) -> float | None:

@@ -2,7 +2,7 @@
 
     run/meta.json     what was trained: model, rule, optimizer, versions, the command
     run/graph.json    the partition (`graphlocal.text.to_document`)
-    run/log.jsonl     one JSON object a line, only ever appended to, and flushed line by line
+    run/log.jsonl     one JSON object a line, only ever appended to
 
 Each line has a `kind`: `start` (with the `schema` of the log and the step that it goes on from), `step` (what a
 `Monitor` observed), `epoch` (mean training loss, test error; `of` says of which model), and `end` (why training
@@ -49,12 +49,8 @@ class RunLog:
         else:
             write(folder / META, _json(meta, indent=1))
             write(folder / GRAPH, _json(to_document(graph)))
-        try:
-            self._file = (folder / LOG).open("ab")
-            if resume and not _ends_whole(folder / LOG):
-                self._file.write(b"\n")  # closes the damaged line
-        except OSError as error:
-            raise InputError(f"{folder / LOG} can't be written", why=str(error)) from error
+        if resume and not _ends_whole(folder / LOG):
+            self._append(b"\n")  # closes the damaged line
         self.write({"kind": "start", "schema": SCHEMA, "step": self.step})
 
     def _continued(self, graph: LocalGraph) -> int:
@@ -68,12 +64,15 @@ class RunLog:
         return max((record["step"] for record in run.of("step", "epoch") if "step" in record), default=0)
 
     def write(self, record: Record) -> None:
-        """Append one record."""
-        self._file.write(_json(record) + b"\n")
-        self._file.flush()
+        """Append one record; handed to the system when this returns, whatever becomes of the process."""
+        self._append(_json(record) + b"\n")
 
-    def close(self) -> None:
-        self._file.close()
+    def _append(self, line: bytes) -> None:
+        try:
+            with (self.folder / LOG).open("ab") as file:
+                file.write(line)
+        except OSError as error:
+            raise InputError(f"{self.folder / LOG} can't be written", why=str(error)) from error
 
 
 @dataclass(frozen=True)

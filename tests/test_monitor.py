@@ -283,7 +283,7 @@ def test_a_log_that_is_not_one_is_refused(tmp_path: Path) -> None:
     local = compiled(mlp())
     with pytest.raises(InputError, match="holds no run"):
         read_run(tmp_path)
-    RunLog(tmp_path, local.graph, {}).close()
+    RunLog(tmp_path, local.graph, {})
     with pytest.raises(InputError, match="holds a run already"):
         RunLog(tmp_path, local.graph, {})
     with pytest.raises(InputError, match="another partition"):
@@ -345,9 +345,14 @@ def test_the_live_table_shows_every_subgraph_and_leaves_the_terminal_sane_when_s
     console = Console(file=out, force_terminal=True, width=100, height=40, _environ={"TERM": "xterm"})
     live = LiveView(console, local.graph)
     monitor = graphlocal.Monitor(local, cross_entropy, every=1, angle_every=1, views=[live])
-    with pytest.raises(KeyboardInterrupt), monitor, live.around(Progress(console=console)):
-        trained(local, monitor, 3)
-        raise KeyboardInterrupt
+
+    def stopped() -> None:
+        with monitor, live.around(Progress(console=console)):
+            trained(local, monitor, 3)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     shown = out.getvalue()
     assert shown.rstrip().endswith("\x1b[?25h")  # the cursor is shown again
     last = shown[shown.rindex("step 3,") :]
