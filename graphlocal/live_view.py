@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console, ConsoleRenderable, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
@@ -73,8 +73,8 @@ class LiveView:
         hidden = len(self.losses) - 6
         return " | ".join([*parts, *([f"and {hidden} more"] if hidden > 0 else [])])
 
-    def _rendered(self) -> ConsoleRenderable:
-        parts: list[ConsoleRenderable] = [self.progress] if self.progress else []
+    def _rendered(self) -> Group:
+        parts: list[RenderableType] = [self.progress] if self.progress else []
         return Group(*parts, *([self.table()] if self.last else []))
 
     def _shown(self, most: int) -> Sequence[str]:

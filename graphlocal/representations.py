@@ -94,13 +94,17 @@ def _forward(compiled: Compiled, leaves: list[Any], names: list[str]) -> dict[st
 
 
 def principal_components(values: Tensor, most: int = COMPONENTS) -> Tensor:
-    """Samples x features to samples x at most `most`: coordinates along the directions of largest variance."""
+    """Samples x features to samples x at most `most`: coordinates along the directions of largest variance.
+
+    Their mean is 0, so that half precision is enough where samples differ little.
+    """
     values = torch.nan_to_num(values.double())
-    if values.shape[1] <= most:
-        return values
     centred = values - values.mean(0)
+    if values.shape[1] <= most:
+        return centred
     left, sizes, _ = torch.linalg.svd(centred, full_matrices=False)
-    return left[:, :most] * sizes[:most]
+    coordinates: Tensor = left[:, :most] * sizes[:most]
+    return coordinates
 
 
 class Keeper:

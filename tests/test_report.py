@@ -23,7 +23,7 @@ from graphlocal.report.charts import Frame, Series, lines
 from graphlocal.report.heat import heat, ramp
 from graphlocal.report.scales import Scale, scale
 from graphlocal.representations import COMPONENTS, Keeper, kept, principal_components, read, representations
-from graphlocal.run_log import LOG
+from graphlocal.run_log import LOG, read_run
 from graphlocal.targets.page.document import page
 
 X, Y = torch.randn(48, 6, generator=torch.Generator().manual_seed(1)), torch.arange(48) % 3
@@ -170,6 +170,37 @@ def test_the_command_writes_the_page(
         cli.main()
     assert ended.value.code == 1
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_training_from_the_command_line_is_logged_shown_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, events = tmp_path / "run", tmp_path / "tb"
+    options = ["--epochs", "1", "--batch-size", "200", "--backprop", "--every", "2", "--live"]
+    command = ["graphlocal", "train", *options, "--run", str(folder), "--tensorboard", str(events)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "step 2: loss" in printed
+    assert "observing every 2 steps took" in printed
+    found = read_run(folder)
+    assert found.meta["command"].endswith(str(events))
+    assert (found.meta["data"], found.meta["batch_size"], found.meta["callable"]) == (
+        "digits", 200, "graphlocal.demo:digits_mlp",
+    )  # fmt: skip
+    assert [r["step"] for r in found.of("step")] == [2, 4, 6, 8]
+    assert [(r["of"], r["epoch"]) for r in found.of("epoch")] == [("backprop", 1), ("local", 1)]
+    assert found.of("end") == [{"kind": "end", "status": "finished"}]
+    known = kept(folder)
+    assert known is not None
+    assert sorted(known[1]) == [0, 1]
+    assert list(events.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "holds a run already" in capsys.readouterr().err
 
 
 # Charts.

@@ -45,7 +45,9 @@ def lines(series: Sequence[Series], frame: Frame, title: str) -> str:
     """A line chart. title: what it shows, for those who can't see it."""
     right, bottom = frame.width - RIGHT, frame.height - BOTTOM
     xs = [x for one in series for x, _ in one.points]
-    across = integers(round(max(xs, default=1)), LEFT, right) if frame.epochs else scale(xs, LEFT, right, zero=True)
+    across = scale(xs, LEFT, right, zero=True)
+    if frame.epochs:
+        across = integers(round(max(xs, default=1)), LEFT, right, first=int(min(xs, default=1) >= 1))
     if frame.limits:
         up = Scale(*frame.limits, bottom, TOP, frame.log)
     else:

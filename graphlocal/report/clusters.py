@@ -43,8 +43,8 @@ def clusters(folder: Path) -> tuple[list[Clusters], list[str]]:
             if name in tensors and len(tensors[name]) >= FEWEST:
                 values = tensors[name].numpy()
                 perplexity = min(PERPLEXITY, (len(values) - 1) / 3)
-                tsne = TSNE(2, perplexity=perplexity, init="random", random_state=0)
-                places = tsne.fit_transform(values) if values.std() else values[:, :1].repeat(2, 1)
+                tsne = TSNE(2, perplexity=perplexity, init="pca" if values.shape[1] > 1 else "random", random_state=0)
+                places = tsne.fit_transform(values) if values.std() > 0 else values[:, :1].repeat(2, 1)
                 points = zip(*places.T.tolist(), about["labels"], strict=True)
                 found.append(Clusters(name, epoch, tuple((x, y, c) for x, y, c in points)))
     return found, list(about["classes"])

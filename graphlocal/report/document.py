@@ -12,7 +12,7 @@ from graphlocal.errors import InputError
 from graphlocal.report import sections
 from graphlocal.report.clusters import clusters
 from graphlocal.report.style import STYLE
-from graphlocal.run_log import Run, read_run
+from graphlocal.run_log import Record, Run, read_run
 from graphlocal.targets.page import page
 from graphlocal.targets.show import svg
 
@@ -60,8 +60,8 @@ def _partition(run: Run) -> tuple[str, dict[str, set[str]]]:
     """The partition's section, and what it adds to the page's policy: hashes of scripts and styles."""
     steps = run.of("step")
     graph = run.graph
-    angles = next((r["angle"] for r in reversed(steps) if r.get("angle")), {})
-    losses = steps[-1]["local_loss"] if steps else {}
+    angles: Record = next((r["angle"] for r in reversed(steps) if r.get("angle")), {})
+    losses: Record = steps[-1]["local_loss"] if steps else {}
     measured = {
         name: {k: v for k, v in values.items() if v is not None and k in graph.subgraph}
         for name, values in (("alignment", angles), ("losses", losses))

@@ -8,8 +8,8 @@ from html import escape
 from graphlocal.report.charts import BOTTOM, RIGHT, TOP, Frame, drawing
 from graphlocal.report.scales import Scale, label, scale
 
-LEFT = 190
-"""Room for the names."""
+LETTERS = 28
+"""Longer names lose their middle."""
 COLUMNS = 120
 """Of more observations than this, evenly many are shown."""
 LEGEND = (24, 6)
@@ -25,23 +25,23 @@ def heat(rows: Rows, frame: Frame, title: str, diverging: bool = False) -> str:
     turn in the middle.
     """
     height = 15 if len(rows) <= 40 else 8
-    bottom = TOP + height * len(rows)
+    bottom, left = TOP + height * len(rows), 30 + 6 * min(LETTERS, max((len(name) for name, _ in rows), default=0))
     xs = sorted({x for _, points in rows for x, _ in points})
     xs = xs[:: -(-len(xs) // COLUMNS)]
-    across = Scale(0, max(len(xs), 1), LEFT, frame.width - RIGHT)
+    across = Scale(0, max(len(xs), 1), left, frame.width - RIGHT)
     values = [y for _, points in rows for _, y in points]
     colour = Scale(*frame.limits, 0, 1, frame.log) if frame.limits else scale(values, 0, 1, log=frame.log)
     parts = []
     for i, (name, points) in enumerate(rows):
         y = TOP + i * height
         if height > 10 or i % 2 == 0:
-            parts.append(_text("tick", LEFT - 6, y + height - 3.5, "end", _short(name)))
+            parts.append(_text("tick", left - 6, y + height - 3.5, "end", _short(name)))
         parts += _cells(name, dict(points), xs, across, colour, diverging, (y, height - 1))
     parts += [
         _text("tick", across(i + 0.5), bottom + 13, "middle", label(xs[i]))
         for i in range(0, len(xs), max(1, len(xs) // 8))
     ]
-    parts.append(_text("name", LEFT, bottom + 32, "start", frame.x_label))
+    parts.append(_text("name", left, bottom + 32, "start", frame.x_label))
     parts.append(_legend(colour, frame, diverging, bottom + 23))
     return drawing(frame.width, bottom + BOTTOM + 6, title, parts)
 
@@ -69,7 +69,7 @@ def _legend(colour: Scale, frame: Frame, diverging: bool, y: float) -> str:
         fill = ramp(i / (cells - 1), diverging)
         parts.append(f'<rect x="{x + i * wide}" y="{y}" width="{wide + 0.3}" height="9" fill="{fill}"/>')
     parts += [
-        _text("tick", x + at, y + 20, "middle", f"{value:.2g}")
+        _text("tick", x + at, y + 20, "middle", f"{value:.3g}")
         for value, at in ((colour.low, 0), (colour.high, cells * wide))
     ]
     return "".join(parts)
@@ -80,7 +80,7 @@ def _text(css: str, x: float, y: float, anchor: str, text: str) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 28 else f"{name[:12]}…{name[-15:]}"
+    return name if len(name) <= LETTERS else f"{name[:12]}…{name[-15:]}"
 
 
 _SEQUENTIAL = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))

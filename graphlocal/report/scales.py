@@ -46,7 +46,7 @@ def scale(values: Iterable[float | None], start: float, end: float, *, log: bool
 
 
 def integers(most: int, start: float, end: float, first: int = 1) -> Scale:
-    """A scale for epochs `first` to `most`."""
+    """A scale for whole numbers, of epochs, from `first` to `most`."""
     return Scale(first, max(most, first + 1), start, end)
 
 

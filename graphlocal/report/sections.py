@@ -89,10 +89,8 @@ def _batch_losses(run: Run, steps: Sequence[Record]) -> Points:
     found: Points = []
     for record in steps:
         for (a, first), (b, last) in pairwise(ends):
-            if a < record["step"] <= b and record["step"] > 0:
-                at = first + (record["step"] - a) / (b - a) * (last - first)
-                if at >= 1:
-                    found.append((at, finite(record["loss"])))
+            if a < record["step"] <= b:
+                found.append((first + (record["step"] - a) / (b - a) * (last - first), finite(record["loss"])))
     return found
 
 
@@ -124,13 +122,13 @@ def subgraphs(run: Run) -> str:
     if not names:
         return ""
     parts = [
-        _group(names, steps, "local_loss", "Local loss", "L (½ ‖e‖² a sample)", "Half the squared norm of the error "
+        _group(names, steps, "local_loss", "Local loss", "L = ½|e|² a sample", "Half the squared norm of the error "
                "that feeds a subgraph's update, by sample: it falls as representations meet their local targets. "
                "Logarithmic; comparable over time, and between subgraphs that learn in the same way.", log=True),
         _group(names, steps, "angle", "Angle to the true gradient", "angle (degrees)", "Between a subgraph's local "
                "update and backpropagation's gradient on the same batch. Below 90° (dashed) an update descends; 0° is "
                "the gradient itself.", limits=(0, 180), line_at=90),
-        _group(names, steps, "step_ratio", "Step over weights", "‖Δθ‖ / ‖θ‖", "Norm of what one optimizer step "
+        _group(names, steps, "step_ratio", "Step over weights", "|Δθ| / |θ|", "Norm of what one optimizer step "
                "changed over the norm of the subgraph's parameters. Logarithmic.", log=True),
         _depth(steps),
     ]  # fmt: skip
@@ -149,7 +147,7 @@ def _group(names: Sequence[str], steps: Sequence[Record], key: str, title: str, 
         frame = Frame("step", y_label, width=960, log=log, limits=limits, line_at=line_at)
         return _section(title, heat(list(series.items()), frame, title, diverging=line_at is not None), about)
     ticks = (0.0, 45.0, 90.0, 135.0, 180.0) if line_at is not None else None
-    frame = Frame("step", y_label, 240, 170, log, limits=limits, line_at=line_at, y_ticks=ticks)
+    frame = Frame("step", y_label, 250, 170, log, limits=limits, line_at=line_at, y_ticks=ticks)
     cells = [
         f"<figure><figcaption>{escape(name)}</figcaption>"
         f"{lines([Series(name, points, 's0')], frame, f'{title}: {name}')}</figure>"

@@ -31,8 +31,8 @@ section { background: var(--surface); border: 1px solid var(--line); border-radi
 .key { display: flex; gap: 20px; margin: 6px 0; font-size: 13px; }
 .swatch { width: 26px; height: 8px; margin-right: 6px; vertical-align: middle; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 14px; }
-.multiples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 232px), 1fr)); gap: 10px 14px; }
-figure { margin: 0; min-width: 0; }
+.multiples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 232px), 1fr)); gap: 10px 14px; }
+figure { margin: 0; min-width: 0; max-width: 330px; }
 figcaption { font-size: 13px; font-weight: 600; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .chart { display: block; width: 100%; height: auto; overflow: visible; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke: var(--s0); }
