@@ -13,6 +13,7 @@ from graphlocal.compile import compile
 from graphlocal.errors import GraphLocalError
 from graphlocal.goals import ClassCodes
 from graphlocal.load import load
+from graphlocal.monitor import Monitor
 from graphlocal.plan import Plan, plan
 from graphlocal.recalibrate import recalibrate
 from graphlocal.representations import knn_error, representations
@@ -26,6 +27,7 @@ __all__ = [
     "Finding",
     "GraphLocalError",
     "LocalModule",
+    "Monitor",
     "Plan",
     "Report",
     "TrainStep",

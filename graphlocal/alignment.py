@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphlocal.arguments import call_of
+from graphlocal.ir import LocalGraph
 from graphlocal.preserve import preserved, training_mode
 from graphlocal.runtime import LocalModule
 
@@ -38,24 +39,28 @@ def alignment(local: LocalModule, inputs: Any, loss_fn: Callable[[Any], Tensor])
     inputs: a tensor, a tuple (or list) of positional inputs, or a dict of keyword inputs. loss_fn: from the model's
     output to a scalar. Both passes see the same random numbers and buffers; nothing is left changed.
     """
+    learned, true = (gradients(local, model, inputs, loss_fn) for model in (local, local.original))
+    return angles(local.graph, learned, true)
+
+
+def gradients(local: LocalModule, model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """The gradient of each trainable parameter in training mode, through `local` or through `local.original`."""
     args, kwargs = call_of(inputs, "inputs")
     parameters = {n: p for n, p in local.original.named_parameters() if p.requires_grad}
-
-    def gradients(model: Any) -> dict[str, Tensor]:
-        with preserved(local), torch.enable_grad():
-            loss = loss_fn(model(*args, **kwargs))
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        pairs = zip(parameters, found, strict=True)
-        return {name: (g.to_dense() if g.is_sparse else g).double().flatten() for name, g in pairs if g is not None}
-
     mode, calibrating = local.training, local.calibrating
-    with training_mode(local.original):
+    with training_mode(local.original), preserved(local), torch.enable_grad():
         local.training, local.calibrating = True, False
         try:
-            learned, true = gradients(local), gradients(local.original)
+            loss = loss_fn(model(*args, **kwargs))
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         finally:
             local.training, local.calibrating = mode, calibrating
-    graph = local.graph
+    return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def angles(graph: LocalGraph, learned: dict[str, Tensor], true: dict[str, Tensor]) -> Alignment:
+    """The alignment of local updates with true gradients, both by parameter."""
+    learned, true = _flat(learned), _flat(true)
     subgraphs = {s.name: [n for n in graph.trainable(s) if n in learned and n in true] for s in graph.subgraphs}
     both = [name for name in learned if name in true]
     return Alignment(
@@ -63,6 +68,10 @@ def alignment(local: LocalModule, inputs: Any, loss_fn: Callable[[Any], Tensor])
         {name: _angle(learned, true, names) for name, names in subgraphs.items() if names},
         _angle(learned, true, both),
     )
+
+
+def _flat(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (g.to_dense() if g.is_sparse else g).double().flatten() for name, g in gradients.items()}
 
 
 def _angle(first: dict[str, Tensor], second: dict[str, Tensor], names: list[str]) -> float:

@@ -96,6 +96,8 @@ def test_the_example_in_the_help_runs(run, name, tmp_path, monkeypatch):
     (example,) = re.findall(r"Example: graphlocal (.*?)(?:\n\n|$)", COMMANDS[name].help, re.DOTALL)
     if name == "demo":  # has tests of its own
         monkeypatch.setattr(demo, "TRIALS", demo.TRIALS[:1])
+    if name == "report":  # of a run
+        run("train", "--epochs", "1", "--run", "run")
     ran = run(*example.split())
     assert (ran.code, ran.err) == (0, "")
 

@@ -39,7 +39,10 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"compile", "load"}),
     frozenset({"alignment", "check", "partition", "plan", "recalibrate", "representations", "step"}),
     frozenset({"captured_step", "model_spec", "sweep", "training"}),
+    frozenset({"training_records"}),
+    frozenset({"live_view", "meta", "monitor", "observation", "run_log", "snapshots", "tensorboard_view"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names
+    frozenset({"report"}),
     frozenset({"cli", "demo"}),
     frozenset({"__main__"}),
 )

@@ -15,6 +15,7 @@ from graphlocal.cli.demo import demo
 from graphlocal.cli.export import export
 from graphlocal.cli.options import console
 from graphlocal.cli.plan import plan
+from graphlocal.cli.report import report
 from graphlocal.cli.show import show
 from graphlocal.cli.sweep import sweep
 from graphlocal.cli.train import train
@@ -24,7 +25,7 @@ app = typer.Typer(
     help="Turn any PyTorch model into local learners.", no_args_is_help=True, add_completion=False,
     rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
-for _command in (check, compile, show, export, plan, train, sweep, demo):
+for _command in (check, compile, show, export, plan, train, report, sweep, demo):
     app.command()(_command)
 
 

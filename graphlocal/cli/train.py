@@ -18,6 +18,7 @@ from torch import nn
 
 import graphlocal
 from graphlocal.cli.options import Depth, PartitionText, RuleName, Settings, console, make_rule, write_with
+from graphlocal.cli.watching import Every, LiveTable, RunFolder, TensorBoardFolder, Watch, Watched, watching
 from graphlocal.data import Dataset, load
 from graphlocal.errors import InputError
 from graphlocal.model_spec import load_model, parse_partition
@@ -45,6 +46,7 @@ def train(
     save: Annotated[Path | None, typer.Option(
         help="Write the trained model's state_dict here; all of it if the name ends in .local.",
     )] = None,
+    run: RunFolder = None, tensorboard: TensorBoardFolder = None, live: LiveTable = False, every: Every = None,
 ) -> None:  # fmt: skip
     """Train a model with local updates on digits, MNIST or Fashion-MNIST.
 
@@ -63,10 +65,12 @@ def train(
     chosen = make_rule(rule, depth)
     example = (dataset.train_x[:8],)
     local = graphlocal.compile(built, example_inputs=example, rule=chosen, partition=parse_partition(partition))
-    histories = {
-        name: _train_one(name, one, dataset, optimizer, lr, epochs, batch_size, seed)
-        for name, one in {**others, chosen.name: local}.items()
-    }
+    settings = {"optimizer": optimizer, "lr": lr, "seed": seed, "callable": model}
+    with watching(Watch(run, tensorboard, live, every), local, dataset, epochs, batch_size, settings) as watched:
+        histories = {
+            name: _train_one(name, one, dataset, optimizer, lr, epochs, batch_size, seed, watched)
+            for name, one in {**others, chosen.name: local}.items()
+        }
     console.print(_history_table(histories))
     if save is not None:
         if save.suffix == ".local":
@@ -82,12 +86,13 @@ def _first_folder(path: Path) -> Path:
 
 
 def _train_one(name: str, model: nn.Module, data: Dataset, optimizer: str, lr: float, epochs: int,
-               batch_size: int, seed: int) -> History:  # fmt: skip
-    step = step_for(model, OPTIMIZERS[optimizer](model.parameters(), lr))
+               batch_size: int, seed: int, watched: Watched) -> History:  # fmt: skip
+    step = watched.step(model, step_for(model, OPTIMIZERS[optimizer](model.parameters(), lr)))
     total = epochs * -(-len(data.train_x) // batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     history = History()
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    progress = Progress(*columns, TimeRemainingColumn(), console=console)
+    with watched.around(model, progress):
         task = progress.add_task(name, total=total, note="")
 
         def on_batch(loss: float) -> None:
@@ -98,6 +103,7 @@ def _train_one(name: str, model: nn.Module, data: Dataset, optimizer: str, lr: f
         ):
             epoch = len(history.loss)
             progress.console.print(f"{name} epoch {epoch}: test error {history.test_error[-1]:.2f} %")
+            watched.epoch(model, name, history)
     return history
 
 
