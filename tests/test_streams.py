@@ -6,7 +6,6 @@ import _thread
 import random
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,14 +16,13 @@ from torch.nn.functional import cross_entropy
 
 import graphlocal
 import zoo
-from graphlocal.captured_step import CapturedStep
 from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.rules import Backprop, KolenPollack, RecLRA
 from graphlocal.targets.accesses import annotate
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.lowered import NotLowered, lower
 from graphlocal.targets.pieces import Cut, OrderError, check_order, cut
-from graphlocal.targets.streams import StreamedPass, _CudaLanes, assign_lanes
+from graphlocal.targets.streams import StreamedPass
 from graphlocal.targets.training_graph import split
 
 DOZEN = [
@@ -382,119 +380,3 @@ def test_a_graph_without_a_lowered_form_is_refused():
     local = graphlocal.compile(model, example_inputs=torch.randn(6, 4), target="streams")
     with pytest.raises(NotLowered):
         local(torch.randn(6, 4))
-
-
-# GPU
-
-
-def test_lanes_follow_the_piece_before_and_keep_the_optimizer_on_one():
-    pieces = error_cut("deep_mlp")
-    lanes = assign_lanes(pieces, 3)
-    assert set(lanes) == {0, 1, 2}
-    assert {lane for lane, piece in zip(lanes, pieces.pieces, strict=True) if piece.updates} == {0}
-    assert set(assign_lanes(pieces, 1)) == {0}
-
-
-class FakeStream:
-    """A CUDA stream as far as order goes: it knows which pieces are over before whatever is issued to it next."""
-
-    current: FakeStream
-
-    def __init__(self, device=None):
-        self.over: set[int] = set()
-
-    def wait_stream(self, other):
-        self.over |= other.over
-
-    wait_event = wait_stream
-
-    def record_event(self):
-        event = FakeStream()
-        event.over = set(self.over)
-        return event
-
-
-@pytest.mark.parametrize("streams", [1, 2, 4])
-@pytest.mark.parametrize("name", ["deep_mlp", "tied_weight", "unet", "several_inputs_outputs"])
-def test_cuda_streams_are_issued_so_that_every_piece_waits_for_what_it_needs(name, streams, monkeypatch):
-    expected = trained(name, compiled(name, target="lowered"), 3)
-    local = warmed(name, target="streams", streams=streams)
-    caller = FakeStream.current = FakeStream()
-
-    @contextmanager
-    def using(stream):
-        before, FakeStream.current = FakeStream.current, stream
-        yield
-        FakeStream.current = before
-
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", using)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
-
-    def checked(p, i, function):
-        def run(*values):
-            assert p.cut.needs[i] <= FakeStream.current.over
-            FakeStream.current.over.add(i)
-            return function(*values)
-
-        return run
-
-    for p in passes(local):
-        lanes = _CudaLanes(p, torch.device("cuda"))
-        p.cut = replace(p.cut, functions=tuple(checked(p, i, f) for i, f in enumerate(p.cut.functions)))
-
-        def one_step(table, p=p, lanes=lanes):
-            for stream in (caller, *lanes.streams):
-                stream.over.clear()
-            lanes(table)
-            assert caller.over == set(range(len(p.cut.pieces)))
-
-        p._run = one_step
-    assert_equal(trained(name, local, 3), expected)
-
-
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA streams and capture need one")
-
-
-def on_gpu(target: str, check: bool = True, **optimizer) -> tuple[graphlocal.LocalModule, graphlocal.TrainStep]:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.Tanh())), nn.Linear(64, 10))
-    local = graphlocal.compile(model.cuda(), example_inputs=torch.randn(32, 64, device="cuda"), partition="leaf",
-                               target=target)  # fmt: skip
-    local.check_finite = check
-    return local, graphlocal.train_step(local, cross_entropy, torch.optim.Adam(local.parameters(), 1e-3, **optimizer))
-
-
-def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    torch.manual_seed(1)
-    return [(torch.randn(32, 64, device="cuda"), torch.randint(10, (32,), device="cuda")) for _ in range(count)]
-
-
-@no_gpu
-def test_cuda_streams_equal_the_sequential_target():
-    states = []
-    for target in ("lowered", "streams"):
-        local, run = on_gpu(target)
-        for x, y in batches(20):
-            run(x, y)
-        states.append(local.state_dict())
-    assert_equal(states[1], states[0])
-
-
-@no_gpu
-def test_a_captured_step_equals_the_step():
-    states = []
-    for captured in (False, True):
-        local, step = on_gpu("streams", check=False, capturable=True)
-        run = CapturedStep(step) if captured else step
-        for x, y in batches(20):
-            run(x, y)
-        states.append(local.state_dict())
-    assert_equal(states[1], states[0])
-
-
-def test_a_step_on_a_cpu_is_not_captured():
-    local = compiled("mlp", target="streams")
-    step = graphlocal.train_step(local, cross_entropy, torch.optim.SGD(local.parameters(), 0.1))
-    with pytest.raises(InputError, match="only CUDA"):
-        CapturedStep(step)
