@@ -23,6 +23,7 @@ from graphlocal.execution import Run
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import training_mode, undone_on
 from graphlocal.statistics_lag import StatisticsLag
+from graphlocal.targets import onnx
 from graphlocal.targets.show import Drawing, draw, write
 
 MANY_RECOMPILATIONS = 8
@@ -132,6 +133,11 @@ class LocalModule(nn.Module):
         if found is not None:
             return found
         return self._recompile(list(last.traced.arguments.leaves), last.traced.arguments.spec, set(last.traced.dynamic))
+
+    def export(self, path: str | Path, kind: str = "model", **options: Any) -> Any:
+        """Write the model for other tools, as it evaluates; `graphlocal.targets.onnx` has the kinds and options."""
+        c = self.compiled
+        return onnx.export(c.graph, c.traced, self.original, path, kind, **options)
 
     # Running.
 

@@ -1,4 +1,4 @@
-"""The command line: check, compile, show, train, demo; one command a file."""
+"""The command line: check, compile, export, show, train, demo; one command a file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import graphlocal
 from graphlocal.cli.check import check
 from graphlocal.cli.compile import compile
 from graphlocal.cli.demo import demo
+from graphlocal.cli.export import export
 from graphlocal.cli.options import console
 from graphlocal.cli.show import show
 from graphlocal.cli.train import train
@@ -21,7 +22,7 @@ app = typer.Typer(
     help="Turn any PyTorch model into local learners.", no_args_is_help=True, add_completion=False,
     rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
-for _command in (check, compile, show, train, demo):
+for _command in (check, compile, export, show, train, demo):
     app.command()(_command)
 
 
