@@ -38,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"runtime"}),
     frozenset({"compile", "load"}),
     frozenset({"alignment", "check", "partition", "recalibrate", "step"}),
-    frozenset({"model_spec", "training"}),
+    frozenset({"model_spec", "onnx_training", "training"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names
     frozenset({"cli", "demo"}),
     frozenset({"__main__"}),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,6 +21,7 @@ from graphlocal.cli.options import Depth, PartitionText, RuleName, Settings, con
 from graphlocal.data import Dataset, load
 from graphlocal.errors import InputError
 from graphlocal.model_spec import load_model, parse_partition
+from graphlocal.onnx_training import OnnxStep
 from graphlocal.training import History, step_for
 from graphlocal.training import train as train_epochs
 
@@ -28,6 +29,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "sgd": partial(torch.optim.SGD, momentum=0.9),
 }
+
+BACKENDS = ("torch", "onnxruntime")
 
 
 def train(
@@ -41,6 +44,7 @@ def train(
     optimizer: Annotated[str, typer.Option(help="adam or sgd (momentum 0.9).")] = "adam",
     flatten: Annotated[bool, typer.Option(help="Give the model vectors instead of images.")] = False,
     backprop: Annotated[bool, typer.Option(help="Train the same model by backpropagation beside it.")] = False,
+    backend: Annotated[str, typer.Option(help="What runs the training steps: torch or onnxruntime.")] = "torch",
     seed: Annotated[int, typer.Option(help="Of the weights, the feedback maps and the order of the data.")] = 0,
     save: Annotated[Path | None, typer.Option(
         help="Write the trained model's state_dict here; all of it if the name ends in .local.",
@@ -52,6 +56,8 @@ def train(
     """
     if optimizer not in OPTIMIZERS:
         raise InputError(f"unknown optimizer {optimizer!r}", remedy=f"use one of {', '.join(OPTIMIZERS)}")
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}", remedy=f"use one of {', '.join(BACKENDS)}")
     if save is not None and (save.is_dir() or not os.access(_first_folder(save), os.W_OK)):
         raise InputError(f"{save} can't be written", remedy="give --save a file in a folder of yours")
     dataset = load(data, data_dir)
@@ -64,7 +70,7 @@ def train(
     example = (dataset.train_x[:8],)
     local = graphlocal.compile(built, example_inputs=example, rule=chosen, partition=parse_partition(partition))
     histories = {
-        name: _train_one(name, one, dataset, optimizer, lr, epochs, batch_size, seed)
+        name: _train_one(name, one, dataset, optimizer, lr, epochs, batch_size, seed, backend)
         for name, one in {**others, chosen.name: local}.items()
     }
     console.print(_history_table(histories))
@@ -82,8 +88,10 @@ def _first_folder(path: Path) -> Path:
 
 
 def _train_one(name: str, model: nn.Module, data: Dataset, optimizer: str, lr: float, epochs: int,
-               batch_size: int, seed: int) -> History:  # fmt: skip
-    step = step_for(model, OPTIMIZERS[optimizer](model.parameters(), lr))
+               batch_size: int, seed: int, backend: str) -> History:  # fmt: skip
+    chosen = OPTIMIZERS[optimizer](model.parameters(), lr)
+    in_onnx = isinstance(model, graphlocal.LocalModule) and backend == "onnxruntime"
+    step: Any = OnnxStep(model, chosen, data.train_y) if in_onnx else step_for(model, chosen)
     total = epochs * -(-len(data.train_x) // batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     history = History()
@@ -94,7 +102,14 @@ def _train_one(name: str, model: nn.Module, data: Dataset, optimizer: str, lr: f
             progress.update(task, advance=1, note=f"loss {loss:.3f}")
 
         for history in train_epochs(
-            model, step, data, epochs=epochs, batch_size=batch_size, seed=seed, on_batch=on_batch
+            model,
+            step,
+            data,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            on_batch=on_batch,
+            before_test=step.read_back if in_onnx else lambda: None,
         ):
             epoch = len(history.loss)
             progress.console.print(f"{name} epoch {epoch}: test error {history.test_error[-1]:.2f} %")

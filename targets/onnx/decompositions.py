@@ -48,7 +48,9 @@ def convolution_backward(
     elif mask[0]:
         missing = [
             size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
-            for size, out, s, p, d, k in zip(x.shape[2:], error.shape[2:], stride, padding, dilation, kernel, strict=True)
+            for size, out, s, p, d, k in zip(
+                x.shape[2:], error.shape[2:], stride, padding, dilation, kernel, strict=True
+            )
         ]
         of_x = aten.convolution(error, weight, None, stride, padding, dilation, True, missing, groups)
     if mask[1]:
@@ -104,7 +106,8 @@ def batch_norm_functional(
         centred = exact - mean.view(shape)
         variance = (centred * centred).mean(axes)
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         mean, variance = running_mean.to(exact.dtype), running_var.to(exact.dtype)
         centred = exact - mean.view(shape)
     inverse = torch.rsqrt(variance + eps)
@@ -161,11 +164,10 @@ def avg_pool_backward(
         start = torch.arange(results, device=x.device) * s - p
         end = (start + k).clamp(max=size + p)
         first, last = start.clamp(min=0), end.clamp(max=size)
-        if divisor_override:
-            count = torch.ones_like(start)
-        else:
-            count = end - start if count_include_pad else last - first
-        error = _along(error, _windows(first, last, size).to(x.dtype) / count.to(x.dtype).unsqueeze(1), axis)
+        matrix = _windows(first, last, size).to(x.dtype)
+        if not divisor_override:
+            matrix = matrix / (end - start if count_include_pad else last - first).to(x.dtype).unsqueeze(1)
+        error = _along(error, matrix, axis)
     return error / divisor_override if divisor_override else error
 
 
@@ -245,6 +247,55 @@ def embedding_dense_backward(
     return errors.new_zeros(rows, width).scatter_add(0, flat.unsqueeze(1).expand(-1, width), errors)
 
 
+def embedding_bag(
+    weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0,
+    sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> Any:  # fmt: skip
+    """Sums (mode 0) or means (mode 1) of rows; the other three results only feed the backward, which reads none."""
+    if mode > 1:
+        return NotImplemented
+    bags, given, size = _bags(indices, offsets, include_last_offset, padding_idx, weight.dtype)
+    rows = weight.index_select(0, indices) * given.unsqueeze(1)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(1)
+    out = weight.new_zeros(size.shape[0], weight.shape[1])
+    out = out.scatter_add(0, bags.unsqueeze(1).expand(-1, weight.shape[1]), rows)
+    if mode == 1:
+        out = out / size.clamp(min=1).unsqueeze(1)
+    return out, bags, size.to(indices.dtype), offsets
+
+
+def embedding_bag_backward(
+    error: Tensor, indices: Tensor, offsets: Tensor, bag_of: Tensor, size_of: Tensor, largest: Tensor, rows: int,
+    scale_grad_by_freq: bool, mode: int, sparse: bool, per_sample_weights: Tensor | None, padding_idx: int = -1,
+) -> Any:  # fmt: skip
+    """Each bag's error goes to its rows; `offsets` without a last offset."""
+    if mode > 1 or scale_grad_by_freq:
+        return NotImplemented
+    bags, given, size = _bags(indices, offsets[: error.shape[0]], False, padding_idx, error.dtype)
+    if mode == 1:
+        error = error / size.clamp(min=1).unsqueeze(1)
+    errors = error.index_select(0, bags) * given.unsqueeze(1)
+    if per_sample_weights is not None:
+        errors = errors * per_sample_weights.unsqueeze(1)
+    width = error.shape[1]
+    return errors.new_zeros(rows, width).scatter_add(0, indices.unsqueeze(1).expand(-1, width), errors)
+
+
+def _bags(
+    indices: Tensor, offsets: Tensor, include_last_offset: bool, padding_idx: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The bag of each index, 1 where it counts, and how many count in each bag."""
+    if include_last_offset:
+        offsets = offsets[:-1]
+    place = torch.arange(indices.shape[0], device=indices.device, dtype=offsets.dtype)
+    bags = (place.unsqueeze(1) >= offsets).to(torch.int64).sum(1) - 1
+    given = (indices != padding_idx).to(dtype)
+    size = given.new_zeros(offsets.shape[0]).scatter_add(0, bags, given)
+    return bags, given, size
+
+
 _OWN: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: convolution_backward,
     aten._native_batch_norm_legit_functional.default: batch_norm_functional,
@@ -262,4 +313,6 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.upsample_bilinear2d_backward.default: upsample_linear_backward,
     aten.upsample_trilinear3d_backward.default: upsample_linear_backward,
     aten.embedding_dense_backward.default: embedding_dense_backward,
+    aten._embedding_bag.default: embedding_bag,
+    aten._embedding_bag_backward.default: embedding_bag_backward,
 }

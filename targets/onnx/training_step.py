@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,24 +109,17 @@ def recorded(
         )
 
 
-class _unfused:
+@contextmanager
+def _unfused() -> Iterator[None]:
     """While open, attention runs as products and a softmax, recurrent cells step by step."""
-
-    def __enter__(self) -> None:
-        self.contexts = (sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False))
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
+    with quiet(), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        yield
 
 
 def converted(
     step: WholeStep, batch: Sequence[Tensor], lr: float, opset: int | None, places: Callable[[], dict[str, str]]
 ) -> Any:
     """The step as a model of onnx-ir, with the exporter's names. places: where each kind of operator stands."""
-    _require_known(step, places)
     states = [value.detach().clone() for value in step.states.values()]
     axes = [{0: torch.export.Dim.AUTO} if x.dim() else None for x in batch]
     dynamic = (*[None] * len(states), *axes, None)
@@ -139,10 +133,7 @@ def converted(
             model = found.model
             onnxscript.optimizer.optimize(model)
     except Exception as error:
-        text = str(error.__cause__ or error).strip().splitlines()
-        raise NotLowered(
-            "the training step can't be written as ONNX", why=f"{type(error).__name__}: {text[0] if text else ''}"
-        ) from error
+        raise _refusal(step, places, error) from error
     for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()  # stack traces, with the paths of this machine
         for value in node.outputs:
@@ -153,26 +144,35 @@ def converted(
 # Operators that ONNX lacks.
 
 
-def _require_known(step: WholeStep, places: Callable[[], dict[str, str]]) -> None:
-    """Raises NotLowered that names every operator without an ONNX form."""
-    from torch.onnx._internal.exporter import _decomp, _registration
-
-    registry = _registration.ONNXRegistry.from_torchlib()
-    known = set(_decomp.create_onnx_friendly_decomposition_table(_decomp.get_onnx_implemented_overloads(registry)))
-    missing = []
-    targets = dict.fromkeys(node.target for node in step.module.graph.nodes if node.op == "call_function")
-    for target in targets:
-        if isinstance(target, torch._ops.OpOverload) and not registry.is_registered(target) and target not in known:
-            if not str(target).startswith("aten.sym_"):
-                missing.append(str(target))
+def _refusal(step: WholeStep, places: Callable[[], dict[str, str]], error: Exception) -> NotLowered:
+    """The error that names every operator without an ONNX form."""
+    where = places()
+    missing = [f"{name}{where.get(name, '')}" for name in _unknown(step)]
     if missing:
-        where = places()
-        listed = ", ".join(f"{name}{where.get(name, '')}" for name in missing)
-        raise NotLowered(
-            f"the training step has operators without an ONNX form: {listed}",
+        return NotLowered(
+            f"the training step has operators without an ONNX form: {', '.join(missing)}",
             why="neither torch's exporter nor graphlocal.targets.onnx.decompositions writes them as ONNX operators",
             remedy="write that part of the model with other operators, or train it in torch",
         )
+    text = str(error.__cause__ or error).strip().splitlines()
+    return NotLowered(
+        "the training step can't be written as ONNX", why=f"{type(error).__name__}: {text[0] if text else ''}"
+    )
+
+
+def _unknown(step: WholeStep) -> list[str]:
+    """The operators that torch's exporter neither translates nor writes as others."""
+    from torch.onnx._internal.exporter import _decomp, _registration
+
+    registry = _registration.ONNXRegistry.from_torchlib()
+    table = _decomp.create_onnx_friendly_decomposition_table(_decomp.get_onnx_implemented_overloads(registry))
+    targets = dict.fromkeys(node.target for node in step.module.graph.nodes if node.op == "call_function")
+    return [
+        str(target)
+        for target in targets
+        if isinstance(target, torch._ops.OpOverload)
+        and not (registry.is_registered(target) or target in table or target.name().startswith("aten::sym_"))
+    ]
 
 
 def _places(compiled: Compiled, leaves: list[Any]) -> dict[str, str]:
@@ -197,7 +197,6 @@ def _name(model: Any, step: WholeStep) -> bool:
     results = ["loss", *(f"{name}{NEXT}" for name in step.changed)]
     taken = {*names, *results}
     inputs, outputs = list(model.graph.inputs), list(model.graph.outputs)
-    assert len(inputs) == len(names) and len(outputs) == len(results)
     for node in model.graph:
         for value in node.outputs:
             if value.name in taken:

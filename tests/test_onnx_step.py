@@ -1,0 +1,470 @@
+"""The training step in ONNX Runtime: it follows torch's loss curve, with the same weights, for any batch size."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+import graphlocal
+import zoo
+from graphlocal.cli import app
+from graphlocal.errors import GraphLocalError, InputError
+from graphlocal.rules import FeedbackAlignment, RecLRA
+from graphlocal.targets.lowered import NotLowered
+from graphlocal.targets.onnx.decompositions import (
+    adaptive_avg_pool_backward,
+    adaptive_max_pool_backward,
+    avg_pool_backward,
+    batch_norm_functional,
+    convolution_backward,
+    embedding_bag,
+    embedding_bag_backward,
+    embedding_dense_backward,
+    max_pool_backward,
+    upsample_linear_backward,
+    upsample_nearest_backward,
+)
+from graphlocal.targets.onnx.trainer import OnnxTrainer
+
+aten = torch.ops.aten
+Batches = Callable[[int, int], tuple[Any, Tensor]]
+
+
+def sgd(local: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(local.parameters(), 0.02, momentum=0.9)
+
+
+def adam(local: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(local.parameters(), 1e-3)
+
+
+# Batches with something to learn: number of the step, size -> inputs, labels.
+
+
+def of_vectors(*shape: int) -> Batches:
+    """Labels: the largest of some fixed sums of the entries."""
+
+    def batch(step: int, size: int) -> tuple[Tensor, Tensor]:
+        x = zoo.normal(size, *shape, seed=step)
+        return x, (x.flatten(1) @ zoo.normal(x[0].numel(), zoo.CLASSES, seed=99)).argmax(1)
+
+    return batch
+
+
+def of_tokens(step: int, size: int) -> tuple[Tensor, Tensor]:
+    """A sequence that counts upwards from a random token; the labels are the sequence."""
+    x = (zoo.tokens(size, 1, seed=step) + torch.arange(5)) % zoo.VOCABULARY
+    return x, x
+
+
+def of_two_sentences(step: int, size: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    first, second = zoo.tokens(size, 5, seed=step), zoo.tokens(size, 7, seed=step + 1000)
+    return (first, second), first[:, 0] % zoo.CLASSES
+
+
+def of_pictures(step: int, size: int) -> tuple[Tensor, Tensor]:
+    """Labels: as many pictures as the U-Net gives, the mean of the input's."""
+    x = zoo.normal(size, 2, 8, 8, seed=step)
+    return x, x.mean(1, keepdim=True).expand(-1, zoo.CLASSES, -1, -1).contiguous()
+
+
+def next_token(output: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(output[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+
+def pair(
+    make: Callable[[], nn.Module], rule: Any, optimizer: Callable[[nn.Module], torch.optim.Optimizer], batches: Batches,
+    path: Path, loss: Any = F.cross_entropy,
+) -> tuple[Any, OnnxTrainer, graphlocal.LocalModule]:  # fmt: skip
+    """The same step twice: torch's eager one, and the exported one."""
+    x, y = batches(0, 3)
+    inputs = x if isinstance(x, tuple) else (x,)
+    torch.manual_seed(0)
+    exported = graphlocal.compile(make(), example_inputs=inputs, rule=rule, target="eager")
+    torch.manual_seed(0)
+    local = graphlocal.compile(make(), example_inputs=inputs, rule=rule, target="eager")
+    local.load_state_dict(exported.state_dict())
+    exported.export(path, kind="training-step", loss_fn=loss, optimizer=optimizer(exported), y=y)
+    return graphlocal.train_step(local, loss, optimizer(local)), OnnxTrainer(path, threads=1), local
+
+
+def distance(step: Any, trainer: OnnxTrainer, batches: Batches, steps: int, size: int) -> tuple[float, float]:
+    """The largest difference of a loss, and the fall of the loss from the first ten steps to the last ten."""
+    losses, largest = [], 0.0
+    for i in range(steps):
+        x, y = batches(i, size)
+        losses.append(float(step(x, y)))
+        largest = max(largest, abs(losses[-1] - trainer.step(x, y)))
+    return largest, sum(losses[:10]) - sum(losses[-10:])
+
+
+# One small model, exported once.
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    path = tmp_path_factory.mktemp("step") / "step.onnx"
+    rule = RecLRA(error_weights="kp")
+    yield path, *pair(zoo.MODELS["mlp"].make, rule, adam, of_vectors(6), path)
+
+
+def test_loss_curve_and_states_equal_torch_for_other_batch_sizes(files: Any) -> None:
+    _, step, trainer, local = files
+    for size in (3, 17, 2):
+        assert distance(step, trainer, of_vectors(6), 10, size)[0] < 1e-5
+    states = trainer.state_dict()
+    for name, value in local.state_dict().items():
+        torch.testing.assert_close(states[name], value, atol=1e-4, rtol=0)
+    assert float(states["optimizer.step.0.weight"]) == 30
+    model = zoo.MODELS["mlp"].make()
+    model.load_state_dict(trainer.model_state())
+
+
+def test_a_step_reads_one_set_of_buffers_and_writes_the_other(files: Any) -> None:
+    trainer = OnnxTrainer(files[0], threads=1)
+    places = [{name: value.data_ptr() for name, value in states.items()} for states in trainer._sets]
+    assert all(places[0][name] != places[1][name] for name, output in trainer._outputs.items() if output)
+    x, y = of_vectors(6)(0, 4)
+    before = trainer.state_dict()["original.0.weight"]
+    trainer.step(x, y)
+    trainer.step(x, y)
+    assert places == [{name: value.data_ptr() for name, value in states.items()} for states in trainer._sets]
+    assert not torch.equal(before, trainer.state_dict()["original.0.weight"])
+
+
+def test_learning_rate_is_an_input(files: Any) -> None:
+    trainer = OnnxTrainer(files[0], threads=1)
+    before = trainer.state_dict()
+    trainer.step(*of_vectors(6)(0, 4), lr=0.0)
+    after = trainer.state_dict()
+    assert torch.equal(before["original.0.weight"], after["original.0.weight"])
+    assert not torch.equal(before["optimizer.exp_avg.0.weight"], after["optimizer.exp_avg.0.weight"])
+
+
+def test_training_goes_on_from_given_states(files: Any) -> None:
+    first, second = OnnxTrainer(files[0], threads=1), OnnxTrainer(files[0], threads=1)
+    batches = of_vectors(6)
+    for i in range(3):
+        first.step(*batches(i, 4))
+    second.load_state_dict(first.state_dict())
+    assert [first.step(*batches(i, 4)) for i in (3, 4)] == [second.step(*batches(i, 4)) for i in (3, 4)]
+    third = OnnxTrainer(files[0].read_bytes(), first.state_dict(), threads=1)
+    assert third.step(*batches(5, 4)) == first.step(*batches(5, 4))
+
+
+def test_file_is_plain_onnx_with_named_states_and_metadata(files: Any) -> None:
+    path = files[0]
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert (metadata["kind"], metadata["optimizer"], metadata["batch_axis"]) == ("training-step", "Adam", "0")
+    assert metadata["rule"] == "RecLRA(error_weights='kp')"
+    states = json.loads(metadata["states"])
+    assert [item.name for item in model.graph.input] == [*states, "x", "y", "lr"]
+    assert [item.name for item in model.graph.output] == ["loss", *filter(None, states.values())]
+    assert set(load_file(path.with_suffix(".safetensors"))) == set(states)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+    assert any(name.startswith("error_weights.") for name, output in states.items() if output)  # kp learns them
+    sizes = {
+        item.name: [d.dim_param or d.dim_value for d in item.type.tensor_type.shape.dim] for item in model.graph.input
+    }
+    assert (sizes["x"], sizes["y"], sizes["lr"]) == (["B", 6], ["B"], [])
+    assert str(Path(__file__).parent.parent) not in str(model)
+
+
+def test_bad_input_to_the_trainer_is_refused(files: Any, tmp_path: Path) -> None:
+    trainer = OnnxTrainer(files[0], threads=1)
+    x, y = of_vectors(6)(0, 4)
+    with pytest.raises(InputError, match="takes 1 inputs and 1 labels"):
+        trainer.step((x, x), y)
+    with pytest.raises(InputError, match=r"shape \[4, 5\]"):
+        trainer.step(x[:, :5], y)
+    with pytest.raises(InputError, match="no state of this step"):
+        trainer.load_state_dict({"original.0.weight": torch.zeros(2)})
+    with pytest.raises(InputError, match="lack original"):
+        OnnxTrainer(files[0], {})
+    with pytest.raises(InputError, match="does not load"):
+        OnnxTrainer(b"no model", {})
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes(files[0].read_bytes())
+    with pytest.raises(InputError, match=r"alone\.safetensors does not hold the states"):
+        OnnxTrainer(alone)
+
+
+# Refusals, before anything is written.
+
+
+def test_bad_options_of_the_export_are_refused(tmp_path: Path) -> None:
+    model = zoo.MODELS["mlp"].make()
+    local = graphlocal.compile(model, example_inputs=zoo.vectors())
+    options = {"loss_fn": F.cross_entropy, "optimizer": sgd(local), "y": torch.zeros(3, dtype=torch.long)}
+    with pytest.raises(InputError, match="did you mean 'training-step'"):
+        local.export(tmp_path / "a.onnx", kind="training_step", **options)
+    with pytest.raises(InputError, match="unknown option 'los_fn'"):
+        local.export(tmp_path / "a.onnx", kind="training-step", los_fn=None)
+    with pytest.raises(InputError, match="needs loss_fn="):
+        local.export(tmp_path / "a.onnx", kind="training-step")
+    with pytest.raises(InputError, match="Adagrad"):
+        local.export(
+            tmp_path / "a.onnx", kind="training-step", **{**options, "optimizer": torch.optim.Adagrad(model.parameters())}
+        )  # fmt: skip
+    with pytest.raises(InputError, match="no place for a model"):
+        local.export(tmp_path, kind="training-step", **options)
+    assert not list(tmp_path.iterdir())
+
+
+class Unknown(nn.Module):
+    """Samples an image at learned places; the backward of that has no ONNX form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.head = nn.Linear(16, 8), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.place(x.flatten(1)).view(-1, 2, 2, 2).tanh()
+        return self.head(F.grid_sample(x, grid, align_corners=False).flatten(1))
+
+
+def test_operators_without_an_onnx_form_are_named_with_their_subgraph(tmp_path: Path) -> None:
+    local = graphlocal.compile(Unknown(), example_inputs=(zoo.normal(3, 1, 4, 4),), partition=1, rule="backprop")
+    with pytest.raises(NotLowered, match=r"aten\.grid_sampler_2d_backward\.default \(in \w+\)"):
+        local.export(
+            tmp_path / "a.onnx", kind="training-step", loss_fn=F.cross_entropy, optimizer=sgd(local),
+            y=torch.zeros(3, dtype=torch.long),
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+# Loss curves over 200 steps.
+
+
+def convnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 4)
+    )
+
+
+def test_convnet_with_batchnorm_equals_torch(tmp_path: Path) -> None:
+    batches = of_vectors(1, 8, 8)
+    step, trainer, local = pair(convnet, "rec-lra", sgd, batches, tmp_path / "a.onnx")
+    assert distance(step, trainer, batches, 10, 5)[0] < 1e-5
+    states = trainer.model_state()
+    for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+        torch.testing.assert_close(states[name], local.original.state_dict()[name])
+
+
+CURVES = [
+    ("mlp", "rec-lra", adam, of_vectors(6)),
+    ("mlp", RecLRA(error_weights="kp"), sgd, of_vectors(6)),
+    ("mlp", FeedbackAlignment(), sgd, of_vectors(6)),
+    ("mlp", "backprop", adam, of_vectors(6)),
+    ("small_resnet", "rec-lra", sgd, of_vectors(2, 8, 8)),
+    ("small_resnet", "backprop", adam, of_vectors(2, 8, 8)),
+    ("unet", "rec-lra", sgd, of_vectors(2, 8, 8)),
+    ("vit", "rec-lra", adam, of_vectors(2, 8, 8)),
+    ("vit", "backprop", sgd, of_vectors(2, 8, 8)),
+    ("gru", "rec-lra", adam, of_vectors(5, 8)),
+    ("lstm", FeedbackAlignment(), sgd, of_vectors(5, 8)),
+    ("language_model", "rec-lra", adam, of_tokens),
+    ("embeddings", "rec-lra", adam, of_two_sentences),
+]
+
+
+def label(case: Any) -> str:
+    return f"{case[0]}-{getattr(case[1], 'name', case[1])}-{case[2].__name__}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CURVES, ids=label)
+def test_loss_of_200_steps_equals_torch(case: Any, tmp_path: Path) -> None:
+    name, rule, optimizer, batches = case
+    loss = next_token if name == "language_model" else F.cross_entropy
+    if name == "unet":
+        loss, batches = F.mse_loss, of_pictures
+    step, trainer, _ = pair(zoo.MODELS[name].make, rule, optimizer, batches, tmp_path / "a.onnx", loss)
+    largest, fall = distance(step, trainer, batches, 200, 8)
+    print(f"{label(case)}: largest difference {largest:.1e}, sum of ten losses fell by {fall:.2f}")
+    assert largest < 1e-4
+    assert fall > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "small_resnet", "vit"])
+def test_float16_follows_torch(name: str, tmp_path: Path) -> None:
+    full = of_vectors(6) if name == "mlp" else of_vectors(2, 8, 8)
+
+    def batches(step: int, size: int) -> tuple[Tensor, Tensor]:
+        x, y = full(step, size)
+        return x.half(), y
+
+    step, trainer, _ = pair(lambda: zoo.MODELS[name].make().half(), "rec-lra", sgd, batches, tmp_path / "a.onnx")
+    largest, fall = distance(step, trainer, batches, 50, 8)
+    print(f"{name}: largest difference {largest:.1e}")
+    assert {v.dtype for v in trainer.model_state().values() if v.is_floating_point()} == {torch.float16}
+    assert largest < 2e-2
+    assert fall > 0
+
+
+@pytest.mark.slow
+def test_dropout_draws_anew_at_every_step(tmp_path: Path) -> None:
+    _, trainer, _ = pair(zoo.MODELS["dropout_mlp"].make, "rec-lra", sgd, of_vectors(6), tmp_path / "a.onnx")
+    x, y = of_vectors(6)(0, 16)
+    losses = {trainer.step(x, y, lr=0.0) for _ in range(5)}
+    assert len(losses) > 1
+    first = [trainer.step(*of_vectors(6)(i, 64)) for i in range(150)]
+    assert sum(first[-20:]) < sum(first[:20])
+
+
+# The command line.
+
+
+@pytest.mark.slow
+def test_command_line_exports_a_step_and_trains_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "step.onnx"
+    model = ["graphlocal.demo:digits_mlp"]
+    done = CliRunner().invoke(
+        app,
+        ["export", *model, "--input", "4x1x8x8", "--training-step", str(path), "--optimizer", "sgd", "--lr", "0.05"],
+    )
+    assert done.exit_code == 0, done.output
+    trainer = OnnxTrainer(path, threads=1)
+    assert trainer.lr == 0.05
+    x, y = zoo.normal(9, 1, 8, 8), zoo.tokens(9, high=10)
+    assert trainer.step(x, y) > trainer.step(x, y)
+
+    train = ["train", *model, "--epochs", "1", "--seed", "3"]
+    tables = [CliRunner().invoke(app, [*train, "--backend", backend]) for backend in ("torch", "onnxruntime")]
+    assert [table.exit_code for table in tables] == [0, 0], tables[1].output
+    numbers = [next(line for line in table.output.splitlines() if "epoch 1" in line) for table in tables]
+    assert numbers[0] == numbers[1]
+
+
+def test_unknown_backend_is_refused() -> None:
+    done = CliRunner().invoke(app, ["train", "--backend", "tensorflow"])
+    assert isinstance(done.exception, GraphLocalError)
+    assert "use one of torch, onnxruntime" in str(done.exception)
+
+
+# Decompositions, in float64.
+
+
+def same(found: Any, expected: Any) -> None:
+    found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+SETTINGS = itertools.product((False, True), (1, 2, 3), (0, 1), (1, 2), (1, 2, 4), (1, 3), (0, 1))
+
+
+def test_convolution_backward_is_exact() -> None:
+    checked = 0
+    for transposed, stride, padding, dilation, groups, kernel, more in SETTINGS:
+        if more and (not transposed or more >= max(stride, dilation)):
+            continue
+        x = random(3, 4, 9, 8)
+        weight = random(4, 3, kernel, kernel) if transposed else random(8, 4 // groups, kernel, kernel)
+        options = ([stride] * 2, [padding] * 2, [dilation] * 2, transposed, [more] * 2, groups)
+        y = aten.convolution(x, weight, None, *options)
+        given = (random(*y.shape), x, weight, [y.shape[1]], *options, [True] * 3)
+        same(convolution_backward(*given), aten.convolution_backward(*given))
+        checked += 1
+    assert checked == 204
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_convolution_backward_is_exact_on_other_numbers_of_axes(axes: int) -> None:
+    x, weight = random(2, 4, *[6] * axes), random(4, 2, *[3] * axes)
+    options = ([2] * axes, [1] * axes, [1] * axes, False, [0] * axes, 2)
+    y = aten.convolution(x, weight, None, *options)
+    given = (random(*y.shape), x, weight, [4], *options, [True] * 3)
+    same(convolution_backward(*given), aten.convolution_backward(*given))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "ceil"), [(2, 2, 0, False), (3, 2, 1, True), (3, 1, 1, False)])
+def test_pooling_backward_is_exact(kernel: int, stride: int, padding: int, ceil: bool) -> None:
+    x = random(3, 4, 9, 7)
+    windows = ([kernel] * 2, [stride] * 2, [padding] * 2)
+    y, places = aten.max_pool2d_with_indices(x, *windows, [1, 1], ceil)
+    given = (random(*y.shape), x, *windows, [1, 1], ceil, places)
+    same(max_pool_backward(*given), aten.max_pool2d_with_indices_backward(*given))
+    for count, divisor in ((True, None), (False, None), (True, 5)):
+        y = aten.avg_pool2d(x, *windows, ceil, count, divisor)
+        given = (random(*y.shape), x, *windows, ceil, count, divisor)
+        same(avg_pool_backward(*given), aten.avg_pool2d_backward(*given))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (4, 5), (2, 7)])
+def test_adaptive_pooling_backward_is_exact(size: tuple[int, int]) -> None:
+    x = random(3, 4, 9, 7)
+    error = random(3, 4, *size)
+    same(adaptive_avg_pool_backward(error, x), aten._adaptive_avg_pool2d_backward(error, x))
+    _, places = aten.adaptive_max_pool2d(x, size)
+    same(adaptive_max_pool_backward(error, x, places), aten.adaptive_max_pool2d_backward(error, x, places))
+
+
+@pytest.mark.parametrize("size", [(18, 14), (10, 9), (5, 3)])
+def test_resizing_backward_is_exact(size: tuple[int, int]) -> None:
+    error, shape = random(3, 4, *size), (3, 4, 9, 7)
+    given = (error, size, shape)
+    same(
+        upsample_nearest_backward(error, size, shape, None, None),
+        aten.upsample_nearest2d_backward(*given, None, None),
+    )  # fmt: skip
+    for corners in (True, False):
+        given = (error, size, shape, corners, None, None)
+        same(upsample_linear_backward(*given), aten.upsample_bilinear2d_backward(*given))
+
+
+@pytest.mark.parametrize(("padding", "by_frequency"), [(-1, False), (2, False), (-1, True)])
+def test_embedding_backward_is_exact(padding: int, by_frequency: bool) -> None:
+    given = (random(3, 7, 6), torch.randint(5, (3, 7)), 5, padding, by_frequency)
+    same(embedding_dense_backward(*given), aten.embedding_dense_backward(*given))
+
+
+@pytest.mark.parametrize(
+    ("mode", "weighted", "padding"), [("sum", False, 4), ("sum", True, None), ("mean", False, None)]
+)
+def test_embedding_bag_is_exact(mode: str, weighted: bool, padding: int | None) -> None:
+    weight, indices, offsets = random(11, 5).requires_grad_(), torch.randint(11, (9,)), torch.tensor([0, 3, 3, 7])
+    factors = random(9) if weighted else None
+    expected = F.embedding_bag(
+        indices, weight, offsets, mode=mode, per_sample_weights=factors, padding_idx=padding
+    )  # fmt: skip
+    rest = (["sum", "mean"].index(mode), False, factors)
+    place = -1 if padding is None else padding
+    found = embedding_bag(weight.detach(), indices, offsets, False, *rest, False, place)
+    same(found[0], expected.detach())
+    error = random(4, 5)
+    expected.backward(error)
+    same(embedding_bag_backward(error, indices, offsets, *found[1:], 11, False, *rest, place), weight.grad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_is_exact(training: bool, affine: bool) -> None:
+    weights = (random(4), random(4)) if affine else (None, None)
+    given = (random(3, 4, 5, 6), *weights, random(4), random(4).abs(), training, 0.1, 1e-5)
+    same(batch_norm_functional(*given), aten._native_batch_norm_legit_functional(*given))
+
+
+def test_provider_is_cuda_where_there_is_one(files: Any) -> None:
+    providers = OnnxTrainer(files[0]).session.get_providers()
+    assert ("CUDAExecutionProvider" in providers) == ("CUDAExecutionProvider" in onnxruntime.get_available_providers())
