@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,10 @@ def distance(step: Any, trainer: OnnxTrainer, batches: Batches, steps: int, size
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("step") / "step.onnx"
     rule = RecLRA(error_weights="kp")
-    yield path, *pair(zoo.MODELS["mlp"].make, rule, adam, of_vectors(6), path)
+    return path, *pair(zoo.MODELS["mlp"].make, rule, adam, of_vectors(6), path)
 
 
 def test_loss_curve_and_states_equal_torch_for_other_batch_sizes(files: Any) -> None:
@@ -173,7 +173,8 @@ def test_file_is_plain_onnx_with_named_states_and_metadata(files: Any) -> None:
     assert metadata["rule"] == "RecLRA(error_weights='kp')"
     states = json.loads(metadata["states"])
     assert [item.name for item in model.graph.input] == [*states, "x", "y", "lr"]
-    assert [item.name for item in model.graph.output] == ["loss", *filter(None, states.values())]
+    assert model.graph.output[0].name == "loss"
+    assert {item.name for item in model.graph.output} == {"loss", *filter(None, states.values())}
     assert set(load_file(path.with_suffix(".safetensors"))) == set(states)
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
@@ -194,7 +195,7 @@ def test_bad_input_to_the_trainer_is_refused(files: Any, tmp_path: Path) -> None
         trainer.step(x[:, :5], y)
     with pytest.raises(InputError, match="no state of this step"):
         trainer.load_state_dict({"original.0.weight": torch.zeros(2)})
-    with pytest.raises(InputError, match="lack original"):
+    with pytest.raises(InputError, match=r"step\.onnx lack error_weights"):
         OnnxTrainer(files[0], {})
     with pytest.raises(InputError, match="does not load"):
         OnnxTrainer(b"no model", {})
@@ -218,9 +219,8 @@ def test_bad_options_of_the_export_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs loss_fn="):
         local.export(tmp_path / "a.onnx", kind="training-step")
     with pytest.raises(InputError, match="Adagrad"):
-        local.export(
-            tmp_path / "a.onnx", kind="training-step", **{**options, "optimizer": torch.optim.Adagrad(model.parameters())}
-        )  # fmt: skip
+        options["optimizer"] = torch.optim.Adagrad(model.parameters())
+        local.export(tmp_path / "a.onnx", kind="training-step", **options)
     with pytest.raises(InputError, match="no place for a model"):
         local.export(tmp_path, kind="training-step", **options)
     assert not list(tmp_path.iterdir())
