@@ -83,17 +83,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = [measure(case, arguments.rounds, arguments.threads) for case in CASES]
     header = ["model", "batch", *(f"{name}, ms" for name in WAYS)]
     header += ["ONNX rec-lra / torch backprop", "ONNX rec-lra / torch rec-lra", "ONNX rec-lra / ONNX backprop"]
     notes = (
         f"ONNX Runtime {onnxruntime.__version__}, {arguments.threads} thread(s) each, Adam, partition auto. Times are "
         "medians; ratios are medians and quartiles over rounds, taken within the round: below 1, ONNX Runtime (or "
         "rec-lra) is faster. The machine was shared with other work while this ran, so times are inflated and noisy; "
-        "the ratios are steadier. rec-lra on `auto` partitions; a thread more or a GPU changes the picture."
+        "the ratios are steadier. Not measured on a GPU."
     )
-    report.write("onnx_step", "A training step in ONNX Runtime", "python -m benchmarks.onnx_step",
-                 [report.table(header, rows)], notes)  # fmt: skip
+    rows: list[list[str]] = []
+    for case in CASES:  # written after each, since the deep models take minutes to export
+        rows.append(measure(case, arguments.rounds, arguments.threads))
+        report.write("onnx_step", "A training step in ONNX Runtime", "python -m benchmarks.onnx_step",
+                     [report.table(header, rows)], notes)  # fmt: skip
 
 
 if __name__ == "__main__":

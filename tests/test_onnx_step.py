@@ -46,6 +46,10 @@ def sgd(local: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(local.parameters(), 0.02, momentum=0.9)
 
 
+def slow_sgd(local: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(local.parameters(), 0.001, momentum=0.9)
+
+
 def adam(local: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(local.parameters(), 1e-3)
 
@@ -164,6 +168,18 @@ def test_training_goes_on_from_given_states(files: Any) -> None:
     assert third.step(*batches(5, 4)) == first.step(*batches(5, 4))
 
 
+def test_weights_without_a_gradient_stay(files: Any) -> None:
+    """Adam divides 0 by its `eps` of 1e-8, which a simplification must not take for 0."""
+    trainer = OnnxTrainer(files[0], threads=1)
+    before = trainer.state_dict()["original.0.weight"]
+    x, y = of_vectors(6)(0, 4)
+    x[:, 2] = 0
+    trainer.step(x, y)
+    after = trainer.state_dict()["original.0.weight"]
+    assert torch.equal(before[:, 2], after[:, 2])
+    assert not torch.equal(before, after)
+
+
 def test_file_is_plain_onnx_with_named_states_and_metadata(files: Any) -> None:
     path = files[0]
     onnx.checker.check_model(str(path), full_check=True)
@@ -218,9 +234,9 @@ def test_bad_options_of_the_export_are_refused(tmp_path: Path) -> None:
         local.export(tmp_path / "a.onnx", kind="training-step", los_fn=None)
     with pytest.raises(InputError, match="needs loss_fn="):
         local.export(tmp_path / "a.onnx", kind="training-step")
+    other = {**options, "optimizer": torch.optim.Adagrad(model.parameters())}
     with pytest.raises(InputError, match="Adagrad"):
-        options["optimizer"] = torch.optim.Adagrad(model.parameters())
-        local.export(tmp_path / "a.onnx", kind="training-step", **options)
+        local.export(tmp_path / "a.onnx", kind="training-step", **other)
     with pytest.raises(InputError, match="no place for a model"):
         local.export(tmp_path, kind="training-step", **options)
     assert not list(tmp_path.iterdir())
@@ -271,9 +287,9 @@ CURVES = [
     ("mlp", RecLRA(error_weights="kp"), sgd, of_vectors(6)),
     ("mlp", FeedbackAlignment(), sgd, of_vectors(6)),
     ("mlp", "backprop", adam, of_vectors(6)),
-    ("small_resnet", "rec-lra", sgd, of_vectors(2, 8, 8)),
+    ("small_resnet", "rec-lra", slow_sgd, of_vectors(2, 8, 8)),
     ("small_resnet", "backprop", adam, of_vectors(2, 8, 8)),
-    ("unet", "rec-lra", sgd, of_vectors(2, 8, 8)),
+    ("unet", "rec-lra", slow_sgd, of_vectors(2, 8, 8)),
     ("vit", "rec-lra", adam, of_vectors(2, 8, 8)),
     ("vit", "backprop", sgd, of_vectors(2, 8, 8)),
     ("gru", "rec-lra", adam, of_vectors(5, 8)),
@@ -303,15 +319,25 @@ def test_loss_of_200_steps_equals_torch(case: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "small_resnet", "vit"])
-def test_float16_follows_torch(name: str, tmp_path: Path) -> None:
-    full = of_vectors(6) if name == "mlp" else of_vectors(2, 8, 8)
+def test_float16_follows_float32_of_torch(name: str, tmp_path: Path) -> None:
+    """On the CPU, ONNX Runtime keeps float16 states and computes between them in float32; torch rounds throughout."""
+    batches = of_vectors(6) if name == "mlp" else of_vectors(2, 8, 8)
 
-    def batches(step: int, size: int) -> tuple[Tensor, Tensor]:
-        x, y = full(step, size)
+    def halves(step: int, size: int) -> tuple[Tensor, Tensor]:
+        x, y = batches(step, size)
         return x.half(), y
 
-    step, trainer, _ = pair(lambda: zoo.MODELS[name].make().half(), "rec-lra", sgd, batches, tmp_path / "a.onnx")
-    largest, fall = distance(step, trainer, batches, 50, 8)
+    def half() -> nn.Module:
+        return zoo.MODELS[name].make().half()
+
+    _, trainer, local = pair(half, "rec-lra", slow_sgd, halves, tmp_path / "a.onnx")
+    start = {key: value.float() if value.is_floating_point() else value for key, value in local.state_dict().items()}
+    full = graphlocal.compile(zoo.MODELS[name].make(), example_inputs=(batches(0, 3)[0],), target="eager")
+    full.load_state_dict(start)
+    step = graphlocal.train_step(full, F.cross_entropy, slow_sgd(full))
+    losses = [(float(step(*batches(i, 8))), trainer.step(*halves(i, 8))) for i in range(50)]
+    largest = max(abs(one - other) for one, other in losses)
+    fall = sum(other for _, other in losses[:10]) - sum(other for _, other in losses[-10:])
     print(f"{name}: largest difference {largest:.1e}")
     assert {v.dtype for v in trainer.model_state().values() if v.is_floating_point()} == {torch.float16}
     assert largest < 2e-2

@@ -90,8 +90,11 @@ def _first_folder(path: Path) -> Path:
 def _train_one(name: str, model: nn.Module, data: Dataset, optimizer: str, lr: float, epochs: int,
                batch_size: int, seed: int, backend: str) -> History:  # fmt: skip
     chosen = OPTIMIZERS[optimizer](model.parameters(), lr)
-    in_onnx = isinstance(model, graphlocal.LocalModule) and backend == "onnxruntime"
-    step: Any = OnnxStep(model, chosen, data.train_y) if in_onnx else step_for(model, chosen)
+    if backend == "onnxruntime" and isinstance(model, graphlocal.LocalModule):
+        step: Any = OnnxStep(model, chosen, data.train_y)
+        read_back = step.read_back
+    else:
+        step, read_back = step_for(model, chosen), lambda: None
     total = epochs * -(-len(data.train_x) // batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     history = History()
@@ -109,7 +112,7 @@ def _train_one(name: str, model: nn.Module, data: Dataset, optimizer: str, lr: f
             batch_size=batch_size,
             seed=seed,
             on_batch=on_batch,
-            before_test=step.read_back if in_onnx else lambda: None,
+            before_test=read_back,
         ):
             epoch = len(history.loss)
             progress.console.print(f"{name} epoch {epoch}: test error {history.test_error[-1]:.2f} %")

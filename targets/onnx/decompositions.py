@@ -230,7 +230,7 @@ def upsample_linear_backward(
     return error
 
 
-# Embeddings.
+# Embeddings and dropout.
 
 
 def embedding_dense_backward(
@@ -296,6 +296,16 @@ def _bags(
     return bags, given, size
 
 
+def native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """The kept entries, scaled, and where they are; the random numbers are ONNX Runtime's."""
+    if train is False or p == 0:
+        return x, torch.ones_like(x, dtype=torch.bool)
+    if p == 1:
+        return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
+    kept = torch.rand_like(x, dtype=torch.float32) >= p
+    return x * kept.to(x.dtype) * (1 / (1 - p)), kept
+
+
 _OWN: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: convolution_backward,
     aten._native_batch_norm_legit_functional.default: batch_norm_functional,
@@ -313,6 +323,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.upsample_bilinear2d_backward.default: upsample_linear_backward,
     aten.upsample_trilinear3d_backward.default: upsample_linear_backward,
     aten.embedding_dense_backward.default: embedding_dense_backward,
+    aten.native_dropout.default: native_dropout,
     aten._embedding_bag.default: embedding_bag,
     aten._embedding_bag_backward.default: embedding_bag_backward,
 }

@@ -62,14 +62,14 @@ class OnnxTrainer:
     def _bind(self, states: Mapping[str, Tensor]) -> None:
         """Two sets of buffers, and the two bindings that go from one set to the other."""
         value = self._runtime.OrtValue.ortvalue_from_numpy
-        arrays = {name: _array(tensor, self._types[name]) for name, tensor in states.items()}
+        arrays = {name: _array(tensor, self._types[name]).copy() for name, tensor in states.items()}
         self._kept: list[Any] = [arrays]  # the memory of the buffers on the CPU is numpy's
         first = {name: value(array, self.device) for name, array in arrays.items()}
         spare = {name: np.empty_like(arrays[name]) for name, out in self._outputs.items() if out}
         self._kept.append(spare)
         second = {**first, **{name: value(array, self.device) for name, array in spare.items()}}
         loss_type = _NUMPY[next(item.type for item in self.session.get_outputs() if item.name == "loss")]
-        self._loss = np.zeros((), loss_type)
+        self._loss: Array = np.zeros((), loss_type)
         loss = value(self._loss)
         self._sets, self._bindings, self._at = (first, second), [], 0
         for read, write in ((first, second), (second, first)):
@@ -93,7 +93,7 @@ class OnnxTrainer:
                 f"not {len(inputs)} and {len(labels)}"
             )
         binding = self._bindings[self._at]
-        rate = np.asarray(self.lr if lr is None else lr, self._types["lr"])
+        rate: Array = np.asarray(self.lr if lr is None else lr, self._types["lr"])
         given = [_array(v, self._types[name]) for name, v in zip(self._inputs, (*inputs, *labels), strict=True)]
         for name, array in zip((*self._inputs, "lr"), (*given, rate), strict=True):
             binding.bind_cpu_input(name, array)

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir
 import onnxscript.optimizer
 import torch
+from onnx_ir.passes import common
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
@@ -38,8 +39,7 @@ from graphlocal.targets.onnx.files import put_files, workplace
 from graphlocal.targets.whole_step import LossFunction, WholeStep, whole_step
 from graphlocal.version import __version__
 
-if TYPE_CHECKING:
-    from graphlocal.compiler import Compiled
+aten = torch.ops.aten
 
 NEXT = ".next"
 """Behind a state's name: the output with its new value."""
@@ -67,7 +67,7 @@ class ExportedStep:
 
 
 def export_training_step(
-    compiled: Compiled, unflatten: Callable[[list[Any]], Any], path: Path, *, loss_fn: LossFunction,
+    compiled: Any, unflatten: Callable[[list[Any]], Any], path: Path, *, loss_fn: LossFunction,
     optimizer: Optimizer, y: Any, opset: int | None = None, check: bool = True,
 ) -> ExportedStep:  # fmt: skip
     """Write the training step for inputs like the compilation's examples, and `path` with .safetensors beside it.
@@ -99,7 +99,7 @@ def export_training_step(
 
 
 def recorded(
-    compiled: Compiled, leaves: list[Any], unflatten: Callable[[list[Any]], Any], loss_fn: LossFunction,
+    compiled: Any, leaves: list[Any], unflatten: Callable[[list[Any]], Any], loss_fn: LossFunction,
     optimizer: Optimizer, y: Any,
 ) -> WholeStep:  # fmt: skip
     """The step as operators that have an ONNX form, as far as they are known."""
@@ -120,6 +120,7 @@ def converted(
     step: WholeStep, batch: Sequence[Tensor], lr: float, opset: int | None, places: Callable[[], dict[str, str]]
 ) -> Any:
     """The step as a model of onnx-ir, with the exporter's names. places: where each kind of operator stands."""
+    _promote(step.module)
     states = [value.detach().clone() for value in step.states.values()]
     axes = [{0: torch.export.Dim.AUTO} if x.dim() else None for x in batch]
     dynamic = (*[None] * len(states), *axes, None)
@@ -131,7 +132,7 @@ def converted(
             found = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, opset_version=opset)
             assert found is not None
             model = found.model
-            onnxscript.optimizer.optimize(model)
+            _simplify(model)
     except Exception as error:
         raise _refusal(step, places, error) from error
     for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
@@ -139,6 +140,39 @@ def converted(
         for value in node.outputs:
             value.metadata_props.clear()
     return model
+
+
+def _simplify(model: Any) -> None:
+    """Inline, fold constants, take out what is computed twice or not read.
+
+    Not onnxscript's whole optimizer: its rules take a constant below 1e-8 for 0, and with it Adam's `eps`.
+    """
+    for apply in (
+        common.InlinePass(), common.RemoveUnusedNodesPass(), onnxscript.optimizer.fold_constants,
+        common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(), common.CommonSubexpressionEliminationPass(),
+        common.IdentityEliminationPass(), common.OutputFixPass(), common.NameFixPass(),
+    ):  # fmt: skip
+        apply(model)
+
+
+_MIXING = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default, aten.where.self}
+
+
+def _promote(module: fx.GraphModule) -> None:
+    """Cast the arguments of arithmetic to the dtype of its result: ONNX has no promotion of a scalar's float32."""
+    for node in list(module.graph.nodes):
+        if node.target not in _MIXING or not node.meta["val"].is_floating_point():
+            continue
+        dtype = node.meta["val"].dtype
+        for argument in node.all_input_nodes:
+            value = argument.meta.get("val")
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
+                with module.graph.inserting_before(node):
+                    cast = module.graph.call_function(aten._to_copy.default, (argument,), {"dtype": dtype})
+                node.replace_input_with(argument, cast)
+    module.recompile()
 
 
 # Operators that ONNX lacks.
@@ -165,7 +199,8 @@ def _unknown(step: WholeStep) -> list[str]:
     from torch.onnx._internal.exporter import _decomp, _registration
 
     registry = _registration.ONNXRegistry.from_torchlib()
-    table = _decomp.create_onnx_friendly_decomposition_table(_decomp.get_onnx_implemented_overloads(registry))
+    written = set(_decomp.get_onnx_implemented_overloads(registry))
+    table = _decomp.create_onnx_friendly_decomposition_table(written)
     targets = dict.fromkeys(node.target for node in step.module.graph.nodes if node.op == "call_function")
     return [
         str(target)
@@ -175,7 +210,7 @@ def _unknown(step: WholeStep) -> list[str]:
     ]
 
 
-def _places(compiled: Compiled, leaves: list[Any]) -> dict[str, str]:
+def _places(compiled: Any, leaves: list[Any]) -> dict[str, str]:
     """For each operator of the lowered graph, the subgraphs that it stands in: " (in layer1, layer2)"."""
     with _unfused():
         lowered = lower(compiled.training, leaves, compiled.differentiable)
@@ -224,9 +259,7 @@ def _name_sizes(model: Any, batch: list[Any]) -> bool:
     return True
 
 
-def _metadata(
-    compiled: Compiled, step: WholeStep, any_batch: bool, rate: float, optimizer: Optimizer
-) -> dict[str, str]:
+def _metadata(compiled: Any, step: WholeStep, any_batch: bool, rate: float, optimizer: Optimizer) -> dict[str, str]:
     return {
         "kind": "training-step",
         "graphlocal": __version__,
