@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,22 +22,8 @@ from graphlocal.cli import app
 from graphlocal.errors import GraphLocalError, InputError
 from graphlocal.rules import FeedbackAlignment, RecLRA
 from graphlocal.targets.lowered import NotLowered
-from graphlocal.targets.onnx.decompositions import (
-    adaptive_avg_pool_backward,
-    adaptive_max_pool_backward,
-    avg_pool_backward,
-    batch_norm_functional,
-    convolution_backward,
-    embedding_bag,
-    embedding_bag_backward,
-    embedding_dense_backward,
-    max_pool_backward,
-    upsample_linear_backward,
-    upsample_nearest_backward,
-)
 from graphlocal.targets.onnx.trainer import OnnxTrainer
 
-aten = torch.ops.aten
 Batches = Callable[[int, int], tuple[Any, Tensor]]
 
 
@@ -221,6 +206,11 @@ def test_bad_input_to_the_trainer_is_refused(files: Any, tmp_path: Path) -> None
         OnnxTrainer(alone)
 
 
+def test_provider_is_cuda_where_there_is_one(files: Any) -> None:
+    providers = OnnxTrainer(files[0]).session.get_providers()
+    assert ("CUDAExecutionProvider" in providers) == ("CUDAExecutionProvider" in onnxruntime.get_available_providers())
+
+
 # Refusals, before anything is written.
 
 
@@ -288,12 +278,12 @@ CURVES = [
     ("mlp", FeedbackAlignment(), sgd, of_vectors(6)),
     ("mlp", "backprop", adam, of_vectors(6)),
     ("small_resnet", "rec-lra", slow_sgd, of_vectors(2, 8, 8)),
-    ("small_resnet", "backprop", adam, of_vectors(2, 8, 8)),
+    ("small_resnet", "backprop", slow_sgd, of_vectors(2, 8, 8)),
     ("unet", "rec-lra", slow_sgd, of_vectors(2, 8, 8)),
     ("vit", "rec-lra", adam, of_vectors(2, 8, 8)),
     ("vit", "backprop", sgd, of_vectors(2, 8, 8)),
     ("gru", "rec-lra", adam, of_vectors(5, 8)),
-    ("lstm", FeedbackAlignment(), sgd, of_vectors(5, 8)),
+    ("lstm", "backprop", adam, of_vectors(5, 8)),
     ("language_model", "rec-lra", adam, of_tokens),
     ("embeddings", "rec-lra", adam, of_two_sentences),
 ]
@@ -315,6 +305,17 @@ def test_loss_of_200_steps_equals_torch(case: Any, tmp_path: Path) -> None:
     print(f"{label(case)}: largest difference {largest:.1e}, sum of ten losses fell by {fall:.2f}")
     assert largest < 1e-4
     assert fall > 0
+
+
+@pytest.mark.slow
+def test_adam_with_batchnorm_equals_torch_until_rounding_decides(tmp_path: Path) -> None:
+    """40 steps: then torch differs from itself too, by 7e-3 after 200 steps with oneDNN off.
+
+    The gradient of a convolution's bias before BatchNorm is 0 but for rounding, and Adam divides it by its own size.
+    """
+    batches = of_vectors(2, 8, 8)
+    step, trainer, _ = pair(zoo.MODELS["small_resnet"].make, "backprop", adam, batches, tmp_path / "a.onnx")
+    assert distance(step, trainer, batches, 40, 8)[0] < 1e-5
 
 
 @pytest.mark.slow
@@ -382,115 +383,3 @@ def test_unknown_backend_is_refused() -> None:
     done = CliRunner().invoke(app, ["train", "--backend", "tensorflow"])
     assert isinstance(done.exception, GraphLocalError)
     assert "use one of torch, onnxruntime" in str(done.exception)
-
-
-# Decompositions, in float64.
-
-
-def same(found: Any, expected: Any) -> None:
-    found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-SETTINGS = itertools.product((False, True), (1, 2, 3), (0, 1), (1, 2), (1, 2, 4), (1, 3), (0, 1))
-
-
-def test_convolution_backward_is_exact() -> None:
-    checked = 0
-    for transposed, stride, padding, dilation, groups, kernel, more in SETTINGS:
-        if more and (not transposed or more >= max(stride, dilation)):
-            continue
-        x = random(3, 4, 9, 8)
-        weight = random(4, 3, kernel, kernel) if transposed else random(8, 4 // groups, kernel, kernel)
-        options = ([stride] * 2, [padding] * 2, [dilation] * 2, transposed, [more] * 2, groups)
-        y = aten.convolution(x, weight, None, *options)
-        given = (random(*y.shape), x, weight, [y.shape[1]], *options, [True] * 3)
-        same(convolution_backward(*given), aten.convolution_backward(*given))
-        checked += 1
-    assert checked == 204
-
-
-@pytest.mark.parametrize("axes", [1, 3])
-def test_convolution_backward_is_exact_on_other_numbers_of_axes(axes: int) -> None:
-    x, weight = random(2, 4, *[6] * axes), random(4, 2, *[3] * axes)
-    options = ([2] * axes, [1] * axes, [1] * axes, False, [0] * axes, 2)
-    y = aten.convolution(x, weight, None, *options)
-    given = (random(*y.shape), x, weight, [4], *options, [True] * 3)
-    same(convolution_backward(*given), aten.convolution_backward(*given))
-
-
-@pytest.mark.parametrize(("kernel", "stride", "padding", "ceil"), [(2, 2, 0, False), (3, 2, 1, True), (3, 1, 1, False)])
-def test_pooling_backward_is_exact(kernel: int, stride: int, padding: int, ceil: bool) -> None:
-    x = random(3, 4, 9, 7)
-    windows = ([kernel] * 2, [stride] * 2, [padding] * 2)
-    y, places = aten.max_pool2d_with_indices(x, *windows, [1, 1], ceil)
-    given = (random(*y.shape), x, *windows, [1, 1], ceil, places)
-    same(max_pool_backward(*given), aten.max_pool2d_with_indices_backward(*given))
-    for count, divisor in ((True, None), (False, None), (True, 5)):
-        y = aten.avg_pool2d(x, *windows, ceil, count, divisor)
-        given = (random(*y.shape), x, *windows, ceil, count, divisor)
-        same(avg_pool_backward(*given), aten.avg_pool2d_backward(*given))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (3, 3), (4, 5), (2, 7)])
-def test_adaptive_pooling_backward_is_exact(size: tuple[int, int]) -> None:
-    x = random(3, 4, 9, 7)
-    error = random(3, 4, *size)
-    same(adaptive_avg_pool_backward(error, x), aten._adaptive_avg_pool2d_backward(error, x))
-    _, places = aten.adaptive_max_pool2d(x, size)
-    same(adaptive_max_pool_backward(error, x, places), aten.adaptive_max_pool2d_backward(error, x, places))
-
-
-@pytest.mark.parametrize("size", [(18, 14), (10, 9), (5, 3)])
-def test_resizing_backward_is_exact(size: tuple[int, int]) -> None:
-    error, shape = random(3, 4, *size), (3, 4, 9, 7)
-    given = (error, size, shape)
-    same(
-        upsample_nearest_backward(error, size, shape, None, None),
-        aten.upsample_nearest2d_backward(*given, None, None),
-    )  # fmt: skip
-    for corners in (True, False):
-        given = (error, size, shape, corners, None, None)
-        same(upsample_linear_backward(*given), aten.upsample_bilinear2d_backward(*given))
-
-
-@pytest.mark.parametrize(("padding", "by_frequency"), [(-1, False), (2, False), (-1, True)])
-def test_embedding_backward_is_exact(padding: int, by_frequency: bool) -> None:
-    given = (random(3, 7, 6), torch.randint(5, (3, 7)), 5, padding, by_frequency)
-    same(embedding_dense_backward(*given), aten.embedding_dense_backward(*given))
-
-
-@pytest.mark.parametrize(
-    ("mode", "weighted", "padding"), [("sum", False, 4), ("sum", True, None), ("mean", False, None)]
-)
-def test_embedding_bag_is_exact(mode: str, weighted: bool, padding: int | None) -> None:
-    weight, indices, offsets = random(11, 5).requires_grad_(), torch.randint(11, (9,)), torch.tensor([0, 3, 3, 7])
-    factors = random(9) if weighted else None
-    expected = F.embedding_bag(
-        indices, weight, offsets, mode=mode, per_sample_weights=factors, padding_idx=padding
-    )  # fmt: skip
-    rest = (["sum", "mean"].index(mode), False, factors)
-    place = -1 if padding is None else padding
-    found = embedding_bag(weight.detach(), indices, offsets, False, *rest, False, place)
-    same(found[0], expected.detach())
-    error = random(4, 5)
-    expected.backward(error)
-    same(embedding_bag_backward(error, indices, offsets, *found[1:], 11, False, *rest, place), weight.grad)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_is_exact(training: bool, affine: bool) -> None:
-    weights = (random(4), random(4)) if affine else (None, None)
-    given = (random(3, 4, 5, 6), *weights, random(4), random(4).abs(), training, 0.1, 1e-5)
-    same(batch_norm_functional(*given), aten._native_batch_norm_legit_functional(*given))
-
-
-def test_provider_is_cuda_where_there_is_one(files: Any) -> None:
-    providers = OnnxTrainer(files[0]).session.get_providers()
-    assert ("CUDAExecutionProvider" in providers) == ("CUDAExecutionProvider" in onnxruntime.get_available_providers())

@@ -149,7 +149,7 @@ def _simplify(model: Any) -> None:
     """
     for apply in (
         common.InlinePass(), common.RemoveUnusedNodesPass(), onnxscript.optimizer.fold_constants,
-        common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass(),
+        common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(), common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(), common.OutputFixPass(), common.NameFixPass(),
