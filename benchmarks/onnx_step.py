@@ -1,7 +1,8 @@
 """Time of a training step in ONNX Runtime, against torch: eager backpropagation, and the fused local step.
 
 The same model, rule, batch and Adam; every round times each way once, so that a noisy machine slows all alike, and the
-ratios are taken within the round.
+ratios are taken within the round. Times are CPU time, which other work on the machine disturbs less; with more than one
+thread they add up over the threads.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ def measure(case: Case, rounds: int, threads: int) -> list[str]:
         times: dict[str, list[float]] = {name: [] for name in steps}
         for i in range(rounds + 3):
             for name, step in steps.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 step()
                 if i >= 3:
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(time.process_time() - start)
     row = [case.title, str(case.batch), *(f"{1000 * statistics.median(found):.2f}" for found in times.values())]
     torch_backprop, torch_fused, onnx_fused, onnx_backprop = times.values()
     pairs = ((onnx_fused, torch_backprop), (onnx_fused, torch_fused), (onnx_fused, onnx_backprop))
@@ -88,8 +89,8 @@ def main() -> None:
     notes = (
         f"ONNX Runtime {onnxruntime.__version__}, {arguments.threads} thread(s) each, Adam, partition auto. Times are "
         "medians; ratios are medians and quartiles over rounds, taken within the round: below 1, ONNX Runtime (or "
-        "rec-lra) is faster. The machine was shared with other work while this ran, so times are inflated and noisy; "
-        "the ratios are steadier. Not measured on a GPU."
+        "rec-lra) is faster. Times are CPU time of the process, not of the clock, because the machine was shared with "
+        "other work (which still costs caches: figures are inflated and noisy). Not measured on a GPU."
     )
     rows: list[list[str]] = []
     for case in CASES:  # written after each, since the deep models take minutes to export
