@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,14 @@ class LocalModule(nn.Module):
         return self._recompile(list(last.traced.arguments.leaves), last.traced.arguments.spec, set(last.traced.dynamic))
 
     def export(self, path: str | Path, kind: str = "model", **options: Any) -> Any:
-        """Write the model for other tools, as it evaluates; `graphlocal.targets.onnx` has the kinds and options."""
+        """Write the model for other tools; `graphlocal.targets.onnx` has the kinds and options.
+
+        kind="training-step" writes the whole training step: loss_fn=, optimizer=, and y=, example labels.
+        """
+        if kind == onnx.TRAINING_STEP:
+            with training_mode(self.original):
+                compiled = self._for_training()
+                return onnx.export_step(compiled, partial(self._unflatten, compiled), path, **options)
         c = self.compiled
         return onnx.export(c.graph, c.traced, self.original, path, kind, **options)
 

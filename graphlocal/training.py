@@ -56,8 +56,9 @@ def train(
     batch_size: int,
     seed: int,
     on_batch: Callable[[float], None] = lambda loss: None,
+    before_test: Callable[[], None] = lambda: None,
 ) -> Iterator[History]:
-    """Train epoch by epoch, yielding the growing history after each.
+    """Train epoch by epoch, yielding the growing history after each. before_test: called before each evaluation.
 
     The order of the data depends on the seed alone. Batches of one sample are left out: BatchNorm can't take them.
     """
@@ -73,6 +74,7 @@ def train(
                 on_batch(losses[-1])
         history.seconds.append(time.perf_counter() - start)
         history.loss.append(sum(losses) / max(1, len(losses)))
+        before_test()
         history.test_error.append(error_rate(model, data))
         yield history
 

@@ -38,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"runtime"}),
     frozenset({"compile", "load"}),
     frozenset({"alignment", "check", "partition", "plan", "recalibrate", "representations", "step"}),
-    frozenset({"captured_step", "model_spec", "sweep", "training"}),
+    frozenset({"captured_step", "model_spec", "onnx_training", "sweep", "training"}),
     frozenset({"training_records"}),
     frozenset({"live_view", "meta", "monitor", "observation", "run_log", "snapshots", "tensorboard_view"}),
     frozenset({"graphlocal"}),  # graphlocal/__init__.py, the public names

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch.nn.functional import cross_entropy
 
 import graphlocal
 from graphlocal.cli.options import Depth, Inputs, Model, PartitionText, RuleName, Settings, console, make_rule
+from graphlocal.cli.train import OPTIMIZERS
 from graphlocal.errors import InputError
 from graphlocal.model_spec import example_inputs, load_model, parse_partition
 
@@ -19,6 +21,9 @@ def export(
     partition: PartitionText = "auto", depth: Depth = 1,
     onnx: Annotated[Path | None, typer.Option(help="Write one ONNX file, each subgraph a function in it.")] = None,
     split: Annotated[Path | None, typer.Option(help="Write one ONNX file a subgraph into this folder.")] = None,
+    training_step: Annotated[Path | None, typer.Option(help="Write the training step, cross-entropy.")] = None,
+    optimizer: Annotated[str, typer.Option(help="Of --training-step: adam, or sgd (momentum 0.9).")] = "adam",
+    lr: Annotated[float, typer.Option(help="Learning rate that --training-step starts with.")] = 1e-3,
     devices: Annotated[int, typer.Option(min=1, help="Devices that --split suggests a placement on.")] = 2,
     weights: Annotated[Path | None, typer.Option(help="A state_dict to load, as train --save writes it.")] = None,
     check: Annotated[bool, typer.Option(help="Compare what was written with the model, in ONNX Runtime.")] = True,
@@ -27,8 +32,10 @@ def export(
 
     Example: graphlocal export torchvision.models:resnet18 --input 8x3x64x64 --onnx resnet18.onnx
     """
-    if onnx is None and split is None:
-        raise InputError("nothing to export to", remedy="pass --onnx FILE, --split FOLDER, or both")
+    if onnx is None and split is None and training_step is None:
+        raise InputError("nothing to export to", remedy="pass --onnx FILE, --split FOLDER or --training-step FILE")
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"unknown optimizer {optimizer!r}", remedy=f"use one of {', '.join(OPTIMIZERS)}")
     built = load_model(model, set)
     if weights is not None:
         _load(built, weights)
@@ -39,6 +46,25 @@ def export(
         console.print(str(local.export(onnx, check=check)), markup=False)
     if split is not None:
         console.print(str(local.export(split, kind="split", devices=devices, check=check)), markup=False)
+    if training_step is not None:
+        options = {"loss_fn": cross_entropy, "optimizer": OPTIMIZERS[optimizer](local.parameters(), lr)}
+        y = _labels(local, example_inputs(input))
+        written = local.export(training_step, kind="training-step", y=y, check=check, **options)
+        console.print(str(written), markup=False)
+
+
+def _labels(local: graphlocal.LocalModule, inputs: Any) -> torch.Tensor:
+    """Example labels for cross-entropy: classes along axis 1 of the output."""
+    local.eval()
+    with torch.no_grad():
+        output = local(**inputs) if isinstance(inputs, dict) else local(*inputs)
+    local.train()
+    if not isinstance(output, torch.Tensor) or output.dim() < 2:
+        raise InputError(
+            "--training-step trains with cross-entropy, and the model does not return one tensor of (batch, classes)",
+            remedy="from Python, local.export(path, kind='training-step', loss_fn=..., ...) takes any loss",
+        )
+    return torch.zeros(output[:, 0].shape, dtype=torch.long, device=output.device)
 
 
 def _load(model: torch.nn.Module, path: Path) -> None:

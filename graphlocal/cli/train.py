@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,6 +22,7 @@ from graphlocal.cli.watching import Every, LiveTable, RunFolder, TensorBoardFold
 from graphlocal.data import Dataset, load
 from graphlocal.errors import InputError
 from graphlocal.model_spec import load_model, parse_partition
+from graphlocal.onnx_training import OnnxStep
 from graphlocal.training import History, step_for
 from graphlocal.training import train as train_epochs
 
@@ -29,6 +30,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "sgd": partial(torch.optim.SGD, momentum=0.9),
 }
+
+BACKENDS = ("torch", "onnxruntime")
 
 
 def train(
@@ -42,6 +45,7 @@ def train(
     optimizer: Annotated[str, typer.Option(help="adam or sgd (momentum 0.9).")] = "adam",
     flatten: Annotated[bool, typer.Option(help="Give the model vectors instead of images.")] = False,
     backprop: Annotated[bool, typer.Option(help="Train the same model by backpropagation beside it.")] = False,
+    backend: Annotated[str, typer.Option(help="What runs the training steps: torch or onnxruntime.")] = "torch",
     seed: Annotated[int, typer.Option(help="Of the weights, the feedback maps and the order of the data.")] = 0,
     save: Annotated[Path | None, typer.Option(
         help="Write the trained model's state_dict here; all of it if the name ends in .local.",
@@ -52,8 +56,16 @@ def train(
 
     Example: graphlocal train --data digits --epochs 10 --backprop
     """
+    if backend == "onnxruntime" and (run or tensorboard or live):
+        raise InputError(
+            "--run, --tensorboard and --live with --backend onnxruntime",
+            why="the weights are in ONNX Runtime while it trains, where nothing can observe them",
+            remedy="leave one of them out",
+        )
     if optimizer not in OPTIMIZERS:
         raise InputError(f"unknown optimizer {optimizer!r}", remedy=f"use one of {', '.join(OPTIMIZERS)}")
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}", remedy=f"use one of {', '.join(BACKENDS)}")
     if save is not None and (save.is_dir() or not os.access(_first_folder(save), os.W_OK)):
         raise InputError(f"{save} can't be written", remedy="give --save a file in a folder of yours")
     dataset = load(data, data_dir)
@@ -68,7 +80,7 @@ def train(
     settings = {"optimizer": optimizer, "lr": lr, "seed": seed, "callable": model}
     with watching(Watch(run, tensorboard, live, every), local, dataset, epochs, batch_size, settings) as watched:
         histories = {
-            name: _train_one(name, one, dataset, optimizer, lr, epochs, batch_size, seed, watched)
+            name: _train_one(name, one, dataset, optimizer, lr, epochs, batch_size, seed, backend, watched)
             for name, one in {**others, chosen.name: local}.items()
         }
     console.print(_history_table(histories))
@@ -86,8 +98,13 @@ def _first_folder(path: Path) -> Path:
 
 
 def _train_one(name: str, model: nn.Module, data: Dataset, optimizer: str, lr: float, epochs: int,
-               batch_size: int, seed: int, watched: Watched) -> History:  # fmt: skip
-    step = watched.step(model, step_for(model, OPTIMIZERS[optimizer](model.parameters(), lr)))
+               batch_size: int, seed: int, backend: str, watched: Watched) -> History:  # fmt: skip
+    chosen = OPTIMIZERS[optimizer](model.parameters(), lr)
+    if backend == "onnxruntime" and isinstance(model, graphlocal.LocalModule):
+        step: Any = OnnxStep(model, chosen, data.train_y)
+        read_back = step.read_back
+    else:
+        step, read_back = watched.step(model, step_for(model, chosen)), lambda: None
     total = epochs * -(-len(data.train_x) // batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     history = History()
@@ -99,7 +116,14 @@ def _train_one(name: str, model: nn.Module, data: Dataset, optimizer: str, lr: f
             progress.update(task, advance=1, note=f"loss {loss:.3f}")
 
         for history in train_epochs(
-            model, step, data, epochs=epochs, batch_size=batch_size, seed=seed, on_batch=on_batch
+            model,
+            step,
+            data,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            on_batch=on_batch,
+            before_test=read_back,
         ):
             epoch = len(history.loss)
             progress.console.print(f"{name} epoch {epoch}: test error {history.test_error[-1]:.2f} %")

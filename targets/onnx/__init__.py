@@ -2,6 +2,7 @@
 
     local.export("model.onnx")                  # one function a subgraph, wired by the main graph
     local.export("parts", kind="split")         # one file a subgraph, with a manifest
+    local.export("step.onnx", kind="training-step", loss_fn=..., optimizer=..., y=...)    # trains in ONNX Runtime
 
 The way there: `evaluation` (the training trace as the model evaluates) -> `convert` (torch's exporter, on the whole
 graph, with the boundaries marked) -> `cut` (into one piece a subgraph) -> `model` (functions) or `split` (files) ->
@@ -26,6 +27,9 @@ from graphlocal.trace import TracedModel
 KINDS = {"model": ("model", "export_model"), "split": ("split", "export_split")}
 """What can be exported: the module below this package and its function `(graph, traced, model, path, **options)`."""
 
+TRAINING_STEP = "training-step"
+"""The kind that `export_step` writes."""
+
 
 def export(
     graph: LocalGraph, traced: TracedModel, model: nn.Module, path: str | Path, kind: str = "model", **options: Any
@@ -36,7 +40,7 @@ def export(
     can't express, or if the file can't be written; what stood at `path` then stays as it was.
     """
     if kind not in KINDS:
-        raise InputError(f"unknown kind of export {kind!r}", remedy=nearest(kind, KINDS))
+        raise InputError(f"unknown kind of export {kind!r}", remedy=nearest(kind, (*KINDS, TRAINING_STEP)))
     require_onnx()
     module, name = KINDS[kind]
     function = getattr(importlib.import_module(f"{__name__}.{module}"), name)
@@ -45,6 +49,20 @@ def export(
         if option not in known:
             raise InputError(f"unknown option {option!r} of the export {kind!r}", remedy=nearest(option, known))
     return function(graph, traced, model, Path(path), **options)
+
+
+def export_step(compiled: Any, unflatten: Any, path: str | Path, **options: Any) -> Any:
+    """Export the whole training step; see `training_step.export_training_step`. Raises as `export` does."""
+    require_onnx()
+    function = importlib.import_module(f"{__name__}.training_step").export_training_step
+    known = list(inspect.signature(function).parameters)[3:]
+    for option in options:
+        if option not in known:
+            raise InputError(f"unknown option {option!r} of a training step", remedy=nearest(option, known))
+    for option in ("loss_fn", "optimizer", "y"):
+        if option not in options:
+            raise InputError(f"the export of a training step needs {option}=")
+    return function(compiled, unflatten, Path(path), **options)
 
 
 def require_onnx() -> None:

@@ -65,7 +65,7 @@ def convert(evaluation: Evaluation, graph: LocalGraph, opset: int | None = None)
     model = program.model
     states = {name: value.const_value for name, value in model.graph.initializers.items() if name in graph.state}
     _free(model, states)
-    with _quiet():
+    with quiet():
         onnxscript.optimizer.optimize(model)
     for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()  # stack traces, with the paths of this machine
@@ -97,7 +97,7 @@ def _open_axes(item: Input) -> dict[int, Any] | None:
 
 def _exported(module: fx.GraphModule, example: Sequence[Tensor], dynamic: Sequence[Any], opset: int | None) -> Any:
     inputs = tuple(x.detach().clone() for x in example)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.export.export(module, inputs, dynamic_shapes=tuple(dynamic), strict=False)
         return torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, opset_version=opset)
 
@@ -111,7 +111,7 @@ def _free(model: Any, states: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporters' own warnings and logs, which are about their code; the checks decide, not they."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
