@@ -31,7 +31,8 @@ def compile(
     segments, globs of module paths, or a callable from an operation to the name of its subgraph.
     skip_errors: further skip-error connections, (source, target), by subgraph name; a source may be "output".
     target: how the training graph is run: "lowered" to ATen operators without autograd, for each shape of the inputs;
-    "eager", subgraph by subgraph with autograd inside; "auto" chooses.
+    "inductor", the same compiled by torch.compile (the first steps take long); "eager", subgraph by subgraph with
+    autograd inside; "auto" chooses between eager and lowered.
 
     Raises InputError, TraceError, PartitionError or VerifyError; the model is then left as it was.
     """

@@ -36,7 +36,7 @@ from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
 from graphlocal.verify import dead_parameters
 
-TARGETS = ("auto", "eager", "lowered")
+TARGETS = ("auto", "eager", "lowered", "inductor")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from graphlocal.preserve import preserved
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
+from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
 from graphlocal.targets.training_graph import TrainingGraph, split
 
@@ -44,8 +45,8 @@ class Passes:
 class Execution:
     """Runs one compilation.
 
-    target: `"eager"`; `"lowered"`, or NotLowered is raised; `"auto"`: lowered from the second call with the same
-    shapes on, where that is possible and pays. not_lowered: why the eager graph runs, once that is known.
+    target: `"eager"`; `"lowered"` or `"inductor"`, or NotLowered is raised; `"auto"`: lowered from the second call with
+    the same shapes on, where that is possible and pays. not_lowered: why the eager graph runs, once that is known.
     """
 
     def __init__(self, compiled: Compiled, target: str) -> None:
@@ -60,7 +61,7 @@ class Execution:
             self.not_lowered = NotLowered("the graph is a recording with guards, which look at the data")
         elif target == "auto" and any(_RECURRENT.match(op.target) for op in compiled.graph.operations):
             self.not_lowered = NotLowered("a whole recurrent layer is one fast operator, but hundreds once lowered")
-        if self.not_lowered is not None and target == "lowered":
+        if self.not_lowered is not None and target not in ("auto", "eager"):
             raise self.not_lowered
 
     def run(self, leaves: list[Any], fused: bool) -> Run:
@@ -83,13 +84,13 @@ class Execution:
         if len(self._shapes) < MANY_SHAPES:
             self._shapes.add(shapes)
         asks_back = any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
-        if asks_back or shapes not in self._shapes or not (seen or self.target == "lowered"):
+        if asks_back or shapes not in self._shapes or not (seen or self.target != "auto"):
             return None
         try:
             self._passes[key] = self._lower(leaves, fused)
         except NotLowered as error:
             self.not_lowered = error
-            if self.target == "lowered":
+            if self.target != "auto":
                 raise
         return self._passes.get(key)
 
@@ -97,11 +98,17 @@ class Execution:
         lowered = lower(self.compiled.training, leaves, self.taken)
         plain = self._passes_of(lowered)
         self._require_equal(plain, leaves)
+        if self.target == "inductor":
+            return self._by_inductor(lowered, fused)
         return self._passes_of(with_updates(lowered)) if fused else plain
 
     def _passes_of(self, lowered: TrainingGraph) -> Passes:
         forward, error = split(lowered)
         return Passes(torch.no_grad()(flatten(forward)), torch.no_grad()(flatten(error)), self.taken)
+
+    def _by_inductor(self, lowered: TrainingGraph, fused: bool) -> Passes:
+        forward, error, fused_error = compiled_passes(lowered)
+        return Passes(forward, fused_error if fused else error, self.taken)
 
     def _require_equal(self, lowered: Passes, leaves: Sequence[Any]) -> None:
         """Raise NotLowered unless one step of both graphs gives the same outputs, gradients and buffers."""

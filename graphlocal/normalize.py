@@ -7,6 +7,8 @@ The cases, in the order in which an in-place operation m on a tensor t is looked
    readers of t read the twin's result.
 3. Otherwise (a write through a view, `z[:, 0] = 1`): m stays, and every operation that touches that memory up
    to m is put into one group, which a partition never splits.
+
+A parameter or buffer that the model returns becomes the result of an operation, so that it belongs to a subgraph.
 """
 
 from __future__ import annotations
@@ -36,9 +38,20 @@ def normalize(module: fx.GraphModule) -> None:
         if _writes(node):
             _functionalize(graph, node)
     _group_tuples(graph)
+    _return_results(graph)
     _drop_dead(graph)
     graph.lint()
     module.recompile()
+
+
+def _return_results(graph: fx.Graph) -> None:
+    """Let the model return views of its states instead of the states themselves."""
+    (output,) = graph.find_nodes(op="output")
+    with graph.inserting_before(output):
+        for state in [node for node in output.all_input_nodes if node.op == "get_attr"]:
+            view = graph.call_function(torch.ops.aten.alias.default, (state,))
+            view.meta.update(state.meta)
+            output.replace_input_with(state, view)
 
 
 def is_random(node: fx.Node) -> bool:

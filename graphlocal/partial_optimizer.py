@@ -59,7 +59,7 @@ class PartialOptimizer:
         self.view.param_groups = [{**group, "params": mine} for group, mine in self.groups if mine]
         before = [p.grad for p in self.parameters]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient if gradient is None else _like(gradient, parameter)
         try:
             self.view.step()
         finally:
@@ -96,7 +96,11 @@ class _Kernel:
         if self.momentum:
             names = ("momentum_buffer",) if self.group["momentum"] else ()
         states = [optimizer.state.get(p, {}) for p in self.parameters]
-        return self.known and all(isinstance(state.get(name), Tensor) for state in states for name in names)
+        return self.known and all(
+            isinstance(state.get(name), Tensor) and (name == "step" or state[name].stride() == p.stride())
+            for p, state in zip(self.parameters, states, strict=True)
+            for name in names
+        )
 
     def takes(self, gradients: Gradients) -> bool:
         group = self.group
@@ -114,7 +118,10 @@ class _Kernel:
     def step(self, gradients: Gradients) -> None:
         group, states = self.group, self.states or []
         parameters: Any = self.parameters
-        mine: Any = [gradients[i] for i in self.places]
+        mine: Any = [
+            _like(gradients[i], p)  # type: ignore[arg-type]  # `takes` has seen that there is one
+            for i, p in zip(self.places, self.parameters, strict=True)
+        ]
         common: Any = {
             "fused": True, "foreach": False, "lr": group["lr"], "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
@@ -132,3 +139,10 @@ class _Kernel:
                 **common, decoupled_weight_decay=group["decoupled_weight_decay"], amsgrad=group["amsgrad"],
                 beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
             )  # fmt: skip
+
+
+def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the parameter's layout, as `loss.backward()` gives it; fused kernels rely on that."""
+    if gradient.layout is not torch.strided or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)

@@ -45,7 +45,7 @@ def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph)
     attributes: dict[str, Any] = {}
     for value in (*subgraph.inputs, *sizes_read(graph, subgraph)):
         copied[nodes[value]] = body.placeholder(value)
-    states = {name: body.placeholder(_identifier(name)) for name in subgraph.states}
+    states = {name: body.placeholder(identifier) for name, identifier in _identifiers(subgraph.states).items()}
     twins = {states[name]: body.placeholder(twin_name(name)) for name in twins_read(graph, subgraph)}
     for name in subgraph.operations:
         node = nodes[name]
@@ -138,9 +138,16 @@ def _identity(h: Tensor) -> Tensor:
     return h
 
 
-def _identifier(name: str) -> str:
-    plain = "".join(c if c.isalnum() else "_" for c in name)
-    return f"_{plain}" if plain[0].isdigit() else plain
+def _identifiers(names: Sequence[str]) -> dict[str, str]:
+    """A Python identifier of its own for each name: `fc.weight` becomes `fc_weight`."""
+    found: dict[str, str] = {}
+    for name in names:
+        plain = "".join(c if c.isalnum() else "_" for c in name)
+        plain = f"_{plain}" if plain[0].isdigit() else plain
+        while plain in found.values():
+            plain += "_"
+        found[name] = plain
+    return found
 
 
 def boundary(value: Any, differentiable: bool) -> Any:

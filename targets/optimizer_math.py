@@ -92,7 +92,7 @@ def _adam(
     kept = {"step": step, "exp_avg": first, "exp_avg_sq": second}
     if group["amsgrad"]:
         kept["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], second)
-    correction1 = (1 - torch.pow(beta1, step)).to(parameter.dtype)
-    correction2 = (1 - torch.pow(beta2, step)).sqrt().to(parameter.dtype)
+    correction1 = (1 - torch.pow(beta1, step.double())).to(parameter.dtype)
+    correction2 = (1 - torch.pow(beta2, step.double())).sqrt().to(parameter.dtype)
     size = kept.get("max_exp_avg_sq", second).sqrt() / correction2 + group["eps"]
     return parameter - (lr / correction1) * first / size, kept

@@ -61,8 +61,10 @@ _GIVEN_AFTER = ("loss", "apply", "retain")
 
 def _forward_pass(before: list[fx.Node], outputs: Any, saved: list[fx.Node]) -> fx.Graph:
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    returned: set[fx.Node] = set()
+    fx.map_arg(outputs, returned.add)
     for node in before:
-        if node.op != "get_attr" or any(user in before for user in node.users):
+        if node.op != "get_attr" or node in returned or any(user in before for user in node.users):
             copied[node] = graph.node_copy(node, copied.__getitem__)
     graph.output((fx.map_arg(outputs, copied.__getitem__), [copied[node] for node in saved]))
     return graph

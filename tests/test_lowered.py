@@ -205,3 +205,19 @@ def test_the_check_leaves_buffers_gradients_and_random_state_alone():
         mse_loss(local(x), x[:, :3]).backward()
         results.append([*copy.buffers(), *(p.grad for p in copy.parameters()), torch.get_rng_state()])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_parameters_of_the_eager_target():
+    model = zoo.MODELS["mlp"]
+    trained = []
+    for target in ("eager", "inductor"):
+        local = graphlocal.compile(model.make(), example_inputs=model.example(), rule=RecLRA(), target=target)
+        run = graphlocal.train_step(
+            local, lambda output, _: model.loss(output), torch.optim.SGD(local.parameters(), 0.05)
+        )
+        for _ in range(20):
+            run(model.example(), None)
+        step(local, model.example(), model.loss)
+        trained.append([*local.parameters(), *(p.grad for p in local.original.parameters())])
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)

@@ -191,3 +191,30 @@ def test_a_normalization_that_writes_its_buffers_without_gradients_is_exact():
         assert_same_gradients(found.gradients, true.gradients)
         for name, buffer in true.buffers.items():
             torch.testing.assert_close(found.buffers[name.removeprefix("original.")], buffer, rtol=1e-12, atol=0)
+
+
+class ReturnsItsStates(torch.nn.Module):
+    """`fc.weight` and `fc_weight` have one identifier; a parameter and a buffer are returned as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.fc_weight = torch.nn.Linear(4, 3), torch.nn.Parameter(torch.randn(3))
+        self.register_buffer("offset", torch.randn(3))
+
+    def forward(self, x):
+        return self.fc(x) * self.fc_weight, self.fc_weight, self.offset
+
+
+@pytest.mark.parametrize("target", ["eager", "lowered"])
+def test_states_that_the_model_returns_get_their_gradient(target):
+    torch.manual_seed(0)
+    model, true = ReturnsItsStates(), ReturnsItsStates()
+    true.load_state_dict(model.state_dict())
+    x = torch.randn(5, 4)
+    local = graphlocal.compile(model, example_inputs=x, rule="backprop", target=target)
+    for module in (local, true):
+        y, weight, offset = module(x)
+        assert torch.equal(offset, true.offset)
+        (y.square().sum() + (weight * offset).sum()).backward()
+    for mine, other in zip(model.parameters(), true.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)

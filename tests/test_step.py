@@ -19,6 +19,7 @@ from torch.optim import lr_scheduler
 import graphlocal
 import zoo
 from graphlocal.errors import InputError, LocalTrainingError
+from graphlocal.partial_optimizer import PartialOptimizer
 
 STEPS = 5
 every_rule = pytest.mark.parametrize("rule", ["backprop", "rec-lra", LEARNED], ids=["backprop", "fixed E", "learned E"])
@@ -369,3 +370,15 @@ def test_a_subgraph_may_begin_with_group_norm_on_channels_last():
     assert list(local.graph.subgraph)[:2] == ["0", "1"]
     local(x).sum().backward()
     assert local.original[1].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("make", [partial(optim.SGD, lr=0.1, momentum=0.9), partial(optim.Adam, lr=0.01)])
+def test_a_gradient_laid_out_otherwise_than_its_parameter_is_applied_right(make):
+    ours, theirs = nn.Parameter(torch.zeros(3, 5)), nn.Parameter(torch.zeros(3, 5))
+    optimizer = make([theirs])
+    part = PartialOptimizer(make([ours]), [ours])
+    for _ in range(3):
+        theirs.grad = torch.randn(3, 5)
+        part.step((theirs.grad.t().contiguous().t(),))
+        optimizer.step()
+        torch.testing.assert_close(ours, theirs)

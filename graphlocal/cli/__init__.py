@@ -1,4 +1,4 @@
-"""The command line: check, compile, export, show, train, demo; one command a file."""
+"""The command line, one command a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Turn any PyTorch model into local learners.", no_args_is_help=True, add_completion=False,
     rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
-for _command in (check, compile, export, show, train, demo):
+for _command in (check, compile, show, export, train, demo):
     app.command()(_command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -60,8 +61,8 @@ class RecLRA(Rule):
         for field in ("beta", "gamma", "reprojection", "feedback_share", "feedback_total"):
             value = getattr(self, field)
             optional = field == "reprojection" and value is None
-            if not optional and not (isinstance(value, (int, float)) and value > 0):
-                raise InputError(f"RecLRA({field}={value!r})", why="it must be a number above 0")
+            if not optional and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise InputError(f"RecLRA({field}={value!r})", why="it must be a finite number above 0")
 
     @property
     def feeds(self) -> Literal["preactivation", "representation"]:

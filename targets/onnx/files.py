@@ -36,7 +36,9 @@ def workplace(target: Path) -> Iterator[Path]:
     """A folder beside `target` in which it is made; gone afterwards. Raises InputError where there can't be one."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        outer = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        place = outer / "made"
+        place.mkdir()  # unlike the outer one with the usual permissions
     except OSError as error:
         raise InputError(f"{target} can't be written", why=str(error)) from error
     try:
@@ -44,7 +46,7 @@ def workplace(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{target} can't be written", why=str(error)) from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(outer, ignore_errors=True)
 
 
 def put_files(place: Path, names: list[str], folder: Path) -> None:
@@ -69,7 +71,7 @@ def put_files(place: Path, names: list[str], folder: Path) -> None:
 
 
 def put_folder(place: Path, target: Path) -> None:
-    """Move a folder to where it belongs; the one that it replaces comes back if that fails."""
+    """Move a folder of `workplace` to where it belongs; the one that it replaces comes back if that fails."""
     old = place.with_name(place.name + ".old")
     if target.exists():
         os.replace(target, old)
@@ -79,4 +81,3 @@ def put_folder(place: Path, target: Path) -> None:
         if old.exists():
             os.replace(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
