@@ -135,7 +135,6 @@ $("run").addEventListener("click", () => {
     say("message", "");
     start();
   }
-  setRunning(!running);
 });
 $("reset").addEventListener("click", () => send({ do: "reset" }));
 $("rate").addEventListener("input", showRate);

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir
-import onnxscript.optimizer
+
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,6 +34,7 @@ from graphlocal.targets.onnx.comparison import check as check_file
 from graphlocal.targets.onnx.convert import quiet
 from graphlocal.targets.onnx.decompositions import decompositions
 from graphlocal.targets.onnx.files import put_files, workplace
+from graphlocal.targets.onnx.optimize import optimize
 from graphlocal.targets.whole_step import LossFunction, WholeStep, whole_step
 from graphlocal.version import __version__
 
@@ -137,7 +138,7 @@ def converted(
             found = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, opset_version=opset)
             assert found is not None
             model = found.model
-            onnxscript.optimizer.optimize(model)
+            optimize(model)
     except Exception as error:
         text = str(error.__cause__ or error).strip().splitlines()
         raise NotLowered(
