@@ -17,7 +17,6 @@ from typing import Any
 
 import onnx
 import onnx_ir
-
 import torch
 from torch import Tensor, fx
 

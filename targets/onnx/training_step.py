@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir
-
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
