@@ -64,7 +64,7 @@ const heard = {
     const top = shares.indexOf(Math.max(...shares));
     for (const [i, item] of [...$("bars").children].entries()) {
       item.classList.toggle("top", i === top);
-      item.querySelector("meter").value = shares[i];
+      item.querySelector("progress").value = shares[i];
       item.querySelector("output").textContent = percent(shares[i]);
     }
     say("answer", `It looks like: ${site.classes[top]}`);
@@ -111,10 +111,11 @@ function clearCurves() {
 function bar(name) {
   const item = document.createElement("li");
   const label = document.createElement("span");
-  const meter = document.createElement("meter");
+  const share = document.createElement("progress");
+  share.value = 0;
   label.textContent = name;
-  meter.setAttribute("aria-label", name);
-  item.append(label, meter, document.createElement("output"));
+  share.setAttribute("aria-label", name);
+  item.append(label, share, document.createElement("output"));
   return item;
 }
 
@@ -156,7 +157,7 @@ function drawn(strokes) {
   say("answer", "Nothing is drawn yet.");
   for (const item of $("bars").children) {
     item.classList.remove("top");
-    item.querySelector("meter").value = 0;
+    item.querySelector("progress").value = 0;
     item.querySelector("output").textContent = "";
   }
 }

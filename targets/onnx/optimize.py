@@ -45,7 +45,8 @@ def _nearly_nothing(value: Any) -> bool:
 
 def _hide(model: Any, value: Any) -> tuple[Any, Any]:
     """Put an input in the constant's place; return both."""
-    tensor, producer = onnx_ir.convenience.get_const_tensor(value), value.producer()
+    tensor: Any = onnx_ir.convenience.get_const_tensor(value)
+    producer = value.producer()
     given = onnx_ir.Value(name=value.name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype))
     value.replace_all_uses_with(given)
     if producer is None:
