@@ -1,6 +1,7 @@
 # make demo    set up .venv and run the main job
 # make test    set up .venv, lint, and run the tests
 # make test-all   also what is tested on some models by default, on every model (an hour)
+# make browser   the example that trains in a browser tab, into the folder site
 # make zoo     set up .venv with timm and transformers, and measure every model of the zoo (an hour)
 # make zoo-smoke   the same for twenty of them
 # PYTHON names the interpreter that .venv is made with: make test PYTHON=python3.12
@@ -10,12 +11,13 @@ PYTEST_FLAGS ?= -n auto --maxprocesses 8 --dist worksteal
 
 VENV := .venv
 PAGE := targets/page
+BROWSER := examples/browser
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 SETUP := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-all zoo zoo-smoke lint types imports format dist clean
+.PHONY: help demo test test-fast test-all browser zoo zoo-smoke lint types imports format dist clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -23,7 +25,7 @@ help:
 demo: $(VENV)/.demo $(PAGE)/vendor
 	$(BIN)/graphlocal demo
 
-test: lint $(PAGE)/vendor
+test: lint $(PAGE)/vendor $(BROWSER)/vendor
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.test $(PAGE)/vendor
@@ -31,6 +33,9 @@ test-fast: $(VENV)/.test $(PAGE)/vendor
 
 test-all: lint $(PAGE)/vendor
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m ""
+
+browser: $(VENV)/.test $(BROWSER)/vendor
+	$(BIN)/python $(BROWSER)/make.py --out site
 
 zoo: $(VENV)/.zoo
 	$(BIN)/python -m benchmarks.zoo
@@ -60,7 +65,7 @@ dist: $(VENV)/.test $(PAGE)/vendor
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) $(PAGE)/vendor $(PAGE)/node_modules build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PAGE)/vendor $(PAGE)/node_modules $(BROWSER)/vendor build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Set-up, once: a stamp in .venv is newer than what it was made from.
@@ -89,5 +94,10 @@ $(VENV)/.zoo: $(VENV)/.test
 
 # The libraries that the partition page draws with. Without npm there is no page, and all else works.
 $(PAGE)/vendor: $(PAGE)/package.json $(PAGE)/package-lock.json $(PAGE)/bundle.js
-	@if command -v npm >/dev/null; then cd $(PAGE) && npm ci --ignore-scripts --no-audit --no-fund && npm run bundle; \
+	@if command -v npm >/dev/null; then cd $(PAGE) && npm ci --omit=dev --ignore-scripts --no-audit --no-fund && npm run bundle; \
 	else echo "npm is missing: graphlocal works without it, but can't write partition pages (install Node.js)"; fi
+
+# What the browser example runs on: a large download, which only it needs. Not while the other rule is in that folder.
+$(BROWSER)/vendor: $(PAGE)/package.json $(PAGE)/package-lock.json $(PAGE)/bundle-browser.js | $(PAGE)/vendor
+	@if command -v npm >/dev/null; then cd $(PAGE) && npm ci --ignore-scripts --no-audit --no-fund && npm run bundle-browser; \
+	else echo "npm is missing: the browser example can't be made (install Node.js)"; fi

@@ -31,7 +31,7 @@ class BuildWithPage(build_py):
         npm = shutil.which("npm")
         if npm is None:
             return "npm is missing (install Node.js, and build again)"
-        for step in (["ci", "--ignore-scripts", "--no-audit", "--no-fund"], ["run", "bundle"]):
+        for step in (["ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund"], ["run", "bundle"]):
             done = subprocess.run([npm, *step], cwd=PAGE, capture_output=True, text=True)
             if done.returncode:
                 return f"npm {step[0]} failed: {(done.stderr or done.stdout).strip()[-500:]}"

@@ -17,13 +17,13 @@ from typing import Any
 
 import onnx
 import onnx_ir
-import onnxscript.optimizer
 import torch
 from torch import Tensor, fx
 
 from graphlocal.errors import InputError
 from graphlocal.ir import Input, LocalGraph
 from graphlocal.targets.onnx.evaluation import Evaluation, marked
+from graphlocal.targets.onnx.optimize import optimize
 
 BOUNDARY_DOMAIN, BOUNDARY = "graphlocal", "Boundary"
 
@@ -66,7 +66,7 @@ def convert(evaluation: Evaluation, graph: LocalGraph, opset: int | None = None)
     states = {name: value.const_value for name, value in model.graph.initializers.items() if name in graph.state}
     _free(model, states)
     with quiet():
-        onnxscript.optimizer.optimize(model)
+        optimize(model)
     for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()  # stack traces, with the paths of this machine
         for value in node.outputs:

@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir
-import onnxscript.optimizer
 import torch
-from onnx_ir.passes import common
 from safetensors.torch import save_file
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,6 +34,7 @@ from graphlocal.targets.onnx.comparison import check as check_file
 from graphlocal.targets.onnx.convert import quiet
 from graphlocal.targets.onnx.decompositions import decompositions
 from graphlocal.targets.onnx.files import put_files, workplace
+from graphlocal.targets.onnx.optimize import optimize
 from graphlocal.targets.whole_step import LossFunction, WholeStep, whole_step
 from graphlocal.version import __version__
 
@@ -132,7 +131,7 @@ def converted(
             found = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, opset_version=opset)
             assert found is not None
             model = found.model
-            _simplify(model)
+            optimize(model)
     except Exception as error:
         raise _refusal(step, places, error) from error
     for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
@@ -140,21 +139,6 @@ def converted(
         for value in node.outputs:
             value.metadata_props.clear()
     return model
-
-
-def _simplify(model: Any) -> None:
-    """Inline, fold constants, take out what is computed twice or not read.
-
-    Not onnxscript's whole optimizer: its rules take a constant below 1e-8 for 0, and with it Adam's `eps`.
-    """
-    for apply in (
-        common.InlinePass(), common.RemoveUnusedNodesPass(), onnxscript.optimizer.fold_constants,
-        common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(), common.CommonSubexpressionEliminationPass(),
-        common.IdentityEliminationPass(), common.OutputFixPass(), common.NameFixPass(),
-    ):  # fmt: skip
-        apply(model)
 
 
 _MIXING = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default, aten.where.self}
