@@ -215,7 +215,7 @@ def test_a_model_whose_traced_forward_differs_from_its_eager_one(build, said):
     [
         ({"rule": "rec-lar"}, ("unknown rule 'rec-lar': did you mean 'rec-lra'?", "an instance of a subclass")),
         ({"rule": RecLRA}, ("rule=RecLRA is a class", "pass an instance: RecLRA()")),
-        ({"rule": 3}, ("unknown rule 3", "rules: backprop, rec-lra")),
+        ({"rule": 3}, ("unknown rule 3", "backprop, auto, rec-lra")),
         ({"target": "egaer"}, ("unknown target 'egaer': did you mean 'eager'?", "targets:")),
         ({"partition": "laef"}, ("unknown partition 'laef': did you mean 'leaf'?", "globs of module paths")),
         ({"partition": 2.5}, ("partition is 2.5", "a number of segments")),

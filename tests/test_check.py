@@ -251,7 +251,7 @@ def test_nothing_of_the_model_or_its_inputs_changes(model: Any, inputs: tuple[Te
         ((), {}, ("missing a required argument: 'input'", "a dict of keyword inputs")),
         ({"x": X[0]}, {}, ("do not fit Sequential.forward(input)",)),
         (X, {"rule": "rec-lar"}, ("unknown rule 'rec-lar': did you mean 'rec-lra'?",)),
-        (X, {"rule": "zzz"}, ("rules: backprop, rec-lra",)),
+        (X, {"rule": "zzz"}, ("known: backprop, auto, rec-lra",)),
         (X, {"partition": "laef"}, ("unknown partition 'laef': did you mean 'leaf'?",)),
         (X, {"partition": ["nope.*"]}, ("the glob 'nope.*' matches no module",)),
         (X, {"partition": 99}, ("99 segments are wanted", "pass a number from 1 to 3")),
