@@ -133,7 +133,7 @@ class HalfBackprop(Backprop):
 
 @pytest.mark.parametrize("with_code", [True, False], ids=["with code", "without code"])
 def test_a_rule_of_ones_own_has_to_be_passed_again(with_code, path):
-    local = compiled_net(HalfBackprop(0.25))
+    local = compiled_net(HalfBackprop(share=0.25))
     local.save(path)
     model = Net() if with_code else None
     with pytest.raises(InputError, match="'HalfBackprop', which is not graphlocal's own") as caught:
@@ -142,8 +142,8 @@ def test_a_rule_of_ones_own_has_to_be_passed_again(with_code, path):
     with pytest.raises(InputError, match="saved with 'HalfBackprop'"):
         graphlocal.load(path, model=model, rule=RecLRA())
     with pytest.raises(InputError, match="the passes make another graph"):
-        graphlocal.load(path, model=model, rule=HalfBackprop(0.75))
-    loaded = graphlocal.load(path, model=model, rule=HalfBackprop(0.25))
+        graphlocal.load(path, model=model, rule=HalfBackprop(share=0.75))
+    loaded = graphlocal.load(path, model=model, rule=HalfBackprop(share=0.25))
     assert all(map(torch.equal, net_steps(local), net_steps(loaded)))
 
 
@@ -151,7 +151,7 @@ def test_a_rule_of_ones_own_has_to_be_passed_again(with_code, path):
     "partition", ["leaf", 2, ["conv", "head"], lambda op: "low" if "head" not in op.module else None]
 )
 def test_options_come_back(partition, path):
-    rule = RecLRA(beta=0.2, reprojection=1.0, gamma=float("inf"))
+    rule = RecLRA(beta=0.2, reprojection=1.0, gamma=1e-7)
     local = compiled_net(rule, partition=partition)
     local.save(path)
     for loaded in (graphlocal.load(path, model=Net()), graphlocal.load(path)):
