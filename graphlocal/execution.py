@@ -69,7 +69,7 @@ class Execution:
             self.not_lowered = NotLowered("a calibration step fits feedback maps, in few steps only")
         elif compiled.rule.relaxes:
             self.not_lowered = NotLowered("a relaxation repeats its steps, each of which would be lowered anew")
-        elif target == "auto" and any(_RECURRENT.match(op.target) for op in compiled.graph.operations):
+        elif any(_RECURRENT.match(op.target) for op in compiled.graph.operations):
             self.not_lowered = NotLowered("a whole recurrent layer is one fast operator, but hundreds once lowered")
         if self.not_lowered is not None and self._strict and not compiled.calibrates:
             raise self.not_lowered
@@ -127,7 +127,11 @@ class Execution:
 
     def _require_equal(self, lowered: Passes, leaves: Sequence[Any]) -> None:
         """Raise NotLowered unless one step of both graphs gives the same outputs, gradients and buffers."""
-        expected, found = self._one_step(self.eager(False), leaves), self._one_step(lowered, leaves)
+        expected = self._one_step(self.eager(False), leaves)
+        try:
+            found = self._one_step(lowered, leaves)
+        except RuntimeError as error:
+            raise NotLowered("the lowered graph does not run", why=str(error).splitlines()[0]) from error
         for name in expected:
             if not _alike(expected[name], found[name]):
                 raise NotLowered(

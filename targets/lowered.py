@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -79,9 +80,16 @@ def without_data(fixed: list[Tensor], open_: list[Tensor]) -> tuple[list[Tensor]
 
 def record(function: Callable[..., Any], *arguments: Any, **options: Any) -> fx.GraphModule:
     """`make_fx` on tensors without data; operators that take tensors with data, such as constants, stay as they are."""
-    with enable_python_dispatcher():
+    open_sizes = any(isinstance(n, torch.SymInt) for x in arguments for n in _sizes(x))
+    with enable_python_dispatcher() if open_sizes else nullcontext():  # the shapes of some operators need it, then
         tracer = make_fx(lambda *given: function(*given), tracing_mode="fake", _allow_non_fake_inputs=True, **options)
         return tracer(*arguments)
+
+
+def _sizes(argument: Any) -> tuple[Any, ...]:
+    """The sizes of all tensors in an argument."""
+    tensors = argument if isinstance(argument, list) else [argument]
+    return tuple(n for x in tensors if isinstance(x, Tensor) for n in x.shape)
 
 
 def _runs_python(module: nn.Module) -> bool:

@@ -162,7 +162,7 @@ def test_work_is_left_out_where_samples_stop(kind):
     assert depth[1e9] == 1
 
 
-@pytest.mark.parametrize("kind", [LRADiff, pytest.param(LRAFeedback, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [LRADiff, pytest.param(LRAFeedback, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("model", any_model("unused"))
 def test_on_any_model_a_small_threshold_stops_nothing_and_a_large_one_everything(model, kind):
     example = model.example(DOUBLE)

@@ -293,7 +293,7 @@ def label(case: Any) -> str:
     return f"{case[0]}-{getattr(case[1], 'name', case[1])}-{case[2].__name__}"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", CURVES, ids=label)
 def test_loss_of_200_steps_equals_torch(case: Any, tmp_path: Path) -> None:
     name, rule, optimizer, batches = case
@@ -308,7 +308,7 @@ def test_loss_of_200_steps_equals_torch(case: Any, tmp_path: Path) -> None:
     assert any(not torch.equal(value, before[key]) for key, value in trainer.model_state().items())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_adam_with_batchnorm_equals_torch_until_rounding_decides(tmp_path: Path) -> None:
     """40 steps: then torch differs from itself too, by 7e-3 after 200 steps with oneDNN off.
 
@@ -319,7 +319,7 @@ def test_adam_with_batchnorm_equals_torch_until_rounding_decides(tmp_path: Path)
     assert distance(step, trainer, batches, 40, 8)[0] < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["mlp", "small_resnet"])
 def test_float16_follows_float32_of_torch(name: str, tmp_path: Path) -> None:
     """On the CPU, ONNX Runtime keeps float16 states and computes between them in float32; torch rounds throughout."""
@@ -344,7 +344,7 @@ def test_float16_follows_float32_of_torch(name: str, tmp_path: Path) -> None:
     assert largest < 2e-2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_dropout_draws_anew_at_every_step(tmp_path: Path) -> None:
     _, trainer, _ = pair(zoo.MODELS["dropout_mlp"].make, "rec-lra", sgd, of_vectors(6), tmp_path / "a.onnx")
     x, y = of_vectors(6)(0, 16)
@@ -357,7 +357,7 @@ def test_dropout_draws_anew_at_every_step(tmp_path: Path) -> None:
 # The command line.
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_command_line_exports_a_step_and_trains_with_it(tmp_path: Path) -> None:
     path = tmp_path / "step.onnx"
     model = ["graphlocal.demo:digits_mlp"]
