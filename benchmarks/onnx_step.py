@@ -20,7 +20,7 @@ import torch
 
 import graphlocal
 from benchmarks import report
-from benchmarks.step_time import CASES, Case, Step, loss_fn
+from benchmarks.step_time import CASES, Case, Step, loop, loss_fn
 from graphlocal.targets.onnx.trainer import OnnxTrainer
 
 WAYS = ("torch: backprop", "torch: rec-lra, fused", "ONNX Runtime: rec-lra", "ONNX Runtime: backprop")
@@ -31,13 +31,6 @@ def ways(case: Case, threads: int, folder: Path) -> dict[str, Step]:
     torch.manual_seed(0)
     start = case.make()
     x, y = torch.randn(case.batch, *case.shape), torch.randint(case.classes, (case.batch,))
-    model = copy.deepcopy(start)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-
-    def backprop() -> None:
-        loss_fn(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
     def compiled(rule: str) -> tuple[graphlocal.LocalModule, torch.optim.Optimizer]:
         local = graphlocal.compile(copy.deepcopy(start), example_inputs=(x,), rule=rule)
@@ -52,27 +45,18 @@ def ways(case: Case, threads: int, folder: Path) -> dict[str, Step]:
 
     local, adam = compiled("rec-lra")
     fused = graphlocal.train_step(local, loss_fn, adam)
-    steps = (backprop, lambda: fused(x, y), in_onnx("rec-lra"), in_onnx("backprop"))
+    steps = (loop(copy.deepcopy(start), x, y), lambda: fused(x, y), in_onnx("rec-lra"), in_onnx("backprop"))
     return dict(zip(WAYS, steps, strict=True))
 
 
 def measure(case: Case, rounds: int, threads: int) -> list[str]:
     """A row of the table: milliseconds of the two fused steps, and the ratios with their spread."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = ways(case, threads, Path(folder))
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for i in range(rounds + 3):
-            for name, step in steps.items():
-                start = time.process_time()
-                step()
-                if i >= 3:
-                    times[name].append(time.process_time() - start)
+        times = report.in_turn(ways(case, threads, Path(folder)), rounds, time.process_time)
     row = [case.title, str(case.batch), *(f"{1000 * statistics.median(found):.2f}" for found in times.values())]
     torch_backprop, torch_fused, onnx_fused, onnx_backprop = times.values()
     pairs = ((onnx_fused, torch_backprop), (onnx_fused, torch_fused), (onnx_fused, onnx_backprop))
-    for above, below in pairs:
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
-        row.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+    row += [report.ratio(above, below) for above, below in pairs]
     print(" | ".join(row), file=sys.stderr)
     return row
 

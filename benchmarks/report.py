@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,30 @@ def timed_calls(*places: tuple[Any, str]) -> Iterator[dict[str, float]]:
         for owner, name in places:
             stack.enter_context(mock.patch.object(owner, name, timed(name, getattr(owner, name))))
         yield seconds
+
+
+WARM_UP = 3
+"""Rounds that are not timed."""
+
+
+def in_turn(
+    steps: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round; a round runs every step once, so that a busy machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + WARM_UP):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            if i >= WARM_UP:
+                times[name].append(clock() - start)
+    return times
+
+
+def ratio(mine: Sequence[float], other: Sequence[float]) -> str:
+    """Median and quartiles of the ratio within a round."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, other, strict=True)], n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def write(name: str, title: str, command: str, tables: list[str], notes: str = "") -> None:

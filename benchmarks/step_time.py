@@ -9,7 +9,6 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,21 +65,23 @@ CASES = (
 )
 
 
+def loop(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """An ordinary training loop's step: backpropagation, or local updates by the drop-in path."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+
+    def step() -> None:
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def ways(case: Case) -> dict[str, Step]:
     """The same training step by backpropagation and by local updates, each on a model of its own."""
     torch.manual_seed(0)
     start = case.make()
     x, y = torch.randn(case.batch, *case.shape), torch.randint(case.classes, (case.batch,))
-
-    def loop(model: nn.Module) -> Step:
-        optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-
-        def step() -> None:
-            loss_fn(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
 
     def fused(local: graphlocal.LocalModule) -> Step:
         step = graphlocal.train_step(local, loss_fn, torch.optim.Adam(local.parameters(), 1e-4))
@@ -90,8 +91,8 @@ def ways(case: Case) -> dict[str, Step]:
         return graphlocal.compile(copy.deepcopy(start), example_inputs=(x,), rule="rec-lra", partition=partition)
 
     return {
-        "backprop": loop(copy.deepcopy(start)),
-        "rec-lra": loop(compiled("auto")),
+        "backprop": loop(copy.deepcopy(start), x, y),
+        "rec-lra": loop(compiled("auto"), x, y),
         "rec-lra, fused": fused(compiled("auto")),
         "rec-lra leaf, fused": fused(compiled("leaf")),
     }
@@ -99,20 +100,9 @@ def ways(case: Case) -> dict[str, Step]:
 
 def measure(case: Case, rounds: int) -> list[str]:
     """A row of the table: milliseconds of backprop, and the ratio of each other way with its spread."""
-    steps = ways(case)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 3):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= 3:
-                times[name].append(time.perf_counter() - start)
+    times = report.in_turn(ways(case), rounds)
     row = [case.title, str(case.batch), f"{1000 * statistics.median(times['backprop']):.2f}"]
-    for name, found in times.items():
-        if name != "backprop":
-            ratios = [a / b for a, b in zip(found, times["backprop"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            row.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+    row += [report.ratio(found, times["backprop"]) for name, found in times.items() if name != "backprop"]
     print(" | ".join(row), file=sys.stderr)
     return row
 

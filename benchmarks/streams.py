@@ -11,13 +11,12 @@ import copy
 import os
 import statistics
 import sys
-import time
 
 import torch
 
 import graphlocal
 from benchmarks import report
-from benchmarks.step_time import CASES, Case, Step, loss_fn
+from benchmarks.step_time import CASES, Case, Step, loop, loss_fn
 
 CHOSEN = ("MLP 64-128-128-10", "MLP 8×1024", "small ResNet on 8×8")
 WAYS = {
@@ -32,13 +31,6 @@ def ways(case: Case) -> dict[str, Step]:
     torch.manual_seed(0)
     start = case.make()
     x, y = torch.randn(case.batch, *case.shape), torch.randint(case.classes, (case.batch,))
-    model = copy.deepcopy(start)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-
-    def backprop() -> None:
-        loss_fn(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
     def fused(target: str, streams: int | None) -> Step:
         local = graphlocal.compile(
@@ -47,31 +39,20 @@ def ways(case: Case) -> dict[str, Step]:
         step = graphlocal.train_step(local, loss_fn, torch.optim.Adam(local.parameters(), 1e-4))
         return lambda: step(x, y)
 
-    return {"backprop": backprop, "lowered": fused("lowered", None)} | {n: fused(*w) for n, w in WAYS.items()}
+    steps = {"backprop": loop(copy.deepcopy(start), x, y), "lowered": fused("lowered", None)}
+    return steps | {name: fused(*way) for name, way in WAYS.items()}
 
 
 def measure(case: Case, rounds: int) -> list[str]:
     """A row of the table."""
-    steps = ways(case)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 3):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= 3:
-                times[name].append(time.perf_counter() - start)
+    times = report.in_turn(ways(case), rounds)
     row = [f"{case.title}, {case.batch}"]
     row += [f"{1000 * statistics.median(times[name]):.1f}" for name in ("backprop", "lowered")]
-    row.append(_ratio(times["lowered"], times["backprop"]))
+    row.append(report.ratio(times["lowered"], times["backprop"]))
     for name in WAYS:
-        row += [_ratio(times[name], times[base]) for base in ("lowered", "backprop")]
+        row += [report.ratio(times[name], times[base]) for base in ("lowered", "backprop")]
     print(" | ".join(row), file=sys.stderr)
     return row
-
-
-def _ratio(mine: list[float], other: list[float]) -> str:
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, other, strict=True)], n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -80,16 +79,9 @@ def without_data(fixed: list[Tensor], open_: list[Tensor]) -> tuple[list[Tensor]
 
 def record(function: Callable[..., Any], *arguments: Any, **options: Any) -> fx.GraphModule:
     """`make_fx` on tensors without data; operators that take tensors with data, such as constants, stay as they are."""
-    open_sizes = any(isinstance(n, torch.SymInt) for x in arguments for n in _sizes(x))
-    with enable_python_dispatcher() if open_sizes else nullcontext():  # the shapes of some operators need it, then
+    with enable_python_dispatcher():  # some operators' shapes need it where sizes are open
         tracer = make_fx(lambda *given: function(*given), tracing_mode="fake", _allow_non_fake_inputs=True, **options)
         return tracer(*arguments)
-
-
-def _sizes(argument: Any) -> tuple[Any, ...]:
-    """The sizes of all tensors in an argument."""
-    tensors = argument if isinstance(argument, list) else [argument]
-    return tuple(n for x in tensors if isinstance(x, Tensor) for n in x.shape)
 
 
 def _runs_python(module: nn.Module) -> bool:
@@ -116,7 +108,7 @@ class _Recording:
         self.states = list(dict.fromkeys(str(node.target) for node in module.graph.find_nodes(op="get_attr")))
         self.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
         self.inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-        values = [_attribute(module, name) for name in self.states]
+        values = [attribute(module, name) for name in self.states]
         for value in (*values, *self.inputs):
             if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
                 raise NotLowered(f"a tensor of class {type(value).__name__} is among the inputs or parameters")
@@ -147,15 +139,19 @@ class _Recording:
         return errors
 
 
-class _Tagging(fx.Interpreter):
-    """Runs a training graph with given states, and writes on the recorded nodes which action they belong to."""
+class WithStates(fx.Interpreter):
+    """Runs a training graph with given states in place of its attributes."""
 
     def __init__(self, module: fx.GraphModule, states: dict[str, Tensor]) -> None:
         super().__init__(module)
         self.states = states
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.states[target]
+        return self.states[target] if target in self.states else super().get_attr(target, args, kwargs)
+
+
+class _Tagging(WithStates):
+    """Writes on the recorded nodes which action they belong to."""
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -178,7 +174,8 @@ def _last_node() -> fx.Node:
     return node
 
 
-def _attribute(module: nn.Module, name: str) -> Tensor:
+def attribute(module: nn.Module, name: str) -> Tensor:
+    """The tensor that a `get_attr` node of the name gives."""
     owner, _, last = name.rpartition(".")
     value: Tensor = getattr(module.get_submodule(owner), last)
     return value
@@ -223,7 +220,7 @@ def _assembled(recording: _Recording, traced: fx.GraphModule) -> TrainingGraph:
             error = graph.call_function(operator.getitem, (errors, node.meta["error"]))
             copied[node] = graph.call_function(laid_out, (error, _strides(value), value.dtype))
         elif node.op == "get_attr":
-            lifted.register_buffer(str(node.target), _attribute(traced, str(node.target)))
+            lifted.register_buffer(str(node.target), attribute(traced, str(node.target)))
             copied[node] = graph.get_attr(f"lifted.{node.target}")
         else:
             copied[node] = graph.node_copy(node, copied.__getitem__)

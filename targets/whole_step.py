@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from graphlocal.errors import InputError
 from graphlocal.targets.compilation import Compilation
-from graphlocal.targets.lowered import NotLowered, lower, record, without_data
+from graphlocal.targets.lowered import NotLowered, WithStates, attribute, lower, record, without_data
 from graphlocal.targets.optimizer_math import group_of, initial_state, updated
 from graphlocal.targets.simplify import simplify
 from graphlocal.targets.training_graph import TrainingGraph
@@ -105,7 +105,7 @@ class _Recorder:
         for node in lowered.module.graph.find_nodes(op="get_attr"):
             name = str(node.target)
             if name.split(".")[0] in ("original", "error_weights"):
-                self.states[name] = _attribute(lowered.module, name).detach()
+                self.states[name] = attribute(lowered.module, name).detach()
         self.parameters = self._parameters()
         for name, parameter in self.parameters.items():
             remembered = initial_state(optimizer, parameter)
@@ -114,7 +114,7 @@ class _Recorder:
     def _parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the optimizer updates, by the names of their states."""
         weights = [(f"original.{name}", p) for name, p in zip(self.lowered.weights, self.compiled.weights, strict=True)]
-        maps = [(name, _attribute(self.lowered.module, name)) for name in self.lowered.feedback]
+        maps = [(name, attribute(self.lowered.module, name)) for name in self.lowered.feedback]
         found = {}
         for name, parameter in (*weights, *maps):
             if isinstance(parameter, nn.Parameter) and group_of(self.optimizer, parameter) is not None:
@@ -132,7 +132,7 @@ class _Recorder:
         given = [next(inputs) if isinstance(x, Tensor) else x for x in self.leaves]
         y = pytree.tree_unflatten([next(labels) if isinstance(x, Tensor) else x for x in self.y], self.y_spec)
         loss: list[Tensor] = []
-        run = _WithStates(self.lowered.module, {**states, **buffers})
+        run = WithStates(self.lowered.module, {**states, **buffers})
         _, weights, feedback, _ = run.run(*given, lambda outputs: self._errors(outputs, y, loss), False)
         gradients = dict(zip((f"original.{n}" for n in self.lowered.weights), weights, strict=True))
         gradients |= dict(zip(self.lowered.feedback, feedback, strict=True))
@@ -175,22 +175,5 @@ class _Recorder:
         return new
 
 
-class _WithStates(fx.Interpreter):
-    """Runs a lowered graph with given states in place of its attributes."""
-
-    def __init__(self, module: fx.GraphModule, states: dict[str, Tensor]) -> None:
-        super().__init__(module)
-        self.states = states
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.states[target] if target in self.states else super().get_attr(target, args, kwargs)
-
-
 def _short(name: str) -> str:
     return name.removeprefix("original.")
-
-
-def _attribute(module: nn.Module, name: str) -> Tensor:
-    owner, _, last = name.rpartition(".")
-    value: Tensor = getattr(module.get_submodule(owner), last)
-    return value

@@ -90,6 +90,7 @@ def test_the_help_of_a_command_names_its_options_and_gives_an_example(run, name)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default:the running statistics of the BatchNorm")  # true of a short training
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_the_example_in_the_help_runs(run, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from dataclasses import dataclass
 
 import torch
-from tables import NOT_AT_HAND, mean_std, mlp, write
+from tables import NOT_AT_HAND, command_line, mean_std, mlp, write
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -75,11 +74,7 @@ def correct(task: Task, data: Dataset, start: nn.Module, rule: LP | None, seed: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-dir", help="the folder that holds FashionMNIST/raw (and MNIST/raw)")
-    parser.add_argument("--quick", action="store_true", help="the digits, and 5,000 pictures of Fashion-MNIST")
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__)
     torch.set_num_threads(1)
     rows, missed = [], []
     for task in QUICK if arguments.quick else FULL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 from collections.abc import Sequence
@@ -42,3 +43,12 @@ def write(name: str, title: str, command: str, header: Sequence[str], rows: Sequ
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text)
     return text
+
+
+def command_line(description: str | None) -> argparse.Namespace:
+    """What the command line says: data_dir, quick, seeds."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data-dir", help="the folder that holds FashionMNIST/raw (and MNIST/raw)")
+    parser.add_argument("--quick", action="store_true", help="the digits, and 5,000 pictures of Fashion-MNIST")
+    parser.add_argument("--seeds", type=int, default=3)
+    return parser.parse_args()
