@@ -8,6 +8,7 @@ The cases, in the order in which an in-place operation m on a tensor t is looked
 3. Otherwise (a write through a view, `z[:, 0] = 1`): m stays, and every operation that touches that memory up
    to m is put into one group, which a partition never splits.
 
+An input that is called like an argument of the training graph gets another name.
 A parameter or buffer that the model returns becomes the result of an operation, so that it belongs to a subgraph.
 """
 
@@ -39,6 +40,7 @@ def normalize(module: fx.GraphModule) -> None:
             _functionalize(graph, node)
     _group_tuples(graph)
     _return_results(graph)
+    _rename_inputs(graph)
     _drop_dead(graph)
     graph.lint()
     module.recompile()
@@ -52,6 +54,18 @@ def _return_results(graph: fx.Graph) -> None:
             view = graph.call_function(torch.ops.aten.alias.default, (state,))
             view.meta.update(state.meta)
             output.replace_input_with(state, view)
+
+
+RESERVED = ("loss", "apply", "retain", "labels_of_heads", "saved", "errors")
+"""Arguments of the training graph, so no names for the model's inputs."""
+
+
+def _rename_inputs(graph: fx.Graph) -> None:
+    """Give inputs that are called like an argument of the training graph another name: `loss` becomes `loss_input`."""
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in RESERVED:
+            node._rename(f"{node.name}_input")
+            node.target = node.name
 
 
 def is_random(node: fx.Node) -> bool:

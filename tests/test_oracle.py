@@ -218,3 +218,32 @@ def test_states_that_the_model_returns_get_their_gradient(target):
         (y.square().sum() + (weight * offset).sum()).backward()
     for mine, other in zip(model.parameters(), true.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad)
+
+
+class CallsItsInputsLikeTheStep(torch.nn.Module):
+    """Its inputs have the names of the training graph's own arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)
+
+    def forward(self, loss, apply, retain=None, errors=None):
+        return self.second(torch.tanh(self.first(loss + apply * retain)) - errors)
+
+
+@pytest.mark.parametrize("target", ["eager", "lowered", "streams"])
+def test_inputs_may_be_called_like_the_arguments_of_the_training_graph(target):
+    torch.manual_seed(0)
+    model, true = CallsItsInputsLikeTheStep(), CallsItsInputsLikeTheStep()
+    true.load_state_dict(model.state_dict())
+    inputs = {name: torch.randn(6, width) for name, width in (("loss", 4), ("apply", 4), ("retain", 4), ("errors", 5))}
+    local = graphlocal.compile(model, example_inputs=inputs, rule="backprop", target=target)
+    for module in (local, true):
+        module(**inputs).square().sum().backward()
+    for mine, other in zip(model.parameters(), true.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    step = graphlocal.train_step(
+        local, lambda out, y: (out - y).square().mean(), torch.optim.SGD(model.parameters(), 0.1)
+    )
+    losses = [float(step(inputs, torch.zeros(6, 3))) for _ in range(3)]
+    assert losses[2] < losses[0]
