@@ -2,7 +2,8 @@
 
 Beside backpropagation, at equal epochs and with two controls: learning on every tenth step only (`only true steps`),
 and backpropagation in which all but the last block and the head learn on every tenth step only (`lower blocks on
-true steps only`). Times are relative to the first rule's, one after the other, compilation left out. Every run has its own seed; all rules of a seed start from the same weights and see the same batches.
+true steps only`). Every run has its own seed; all rules of a seed start from the same weights and see the same batches.
+Times are relative to the first rule's, which runs before them: the step's compilation at the second call is in them.
 """
 
 from __future__ import annotations
