@@ -25,7 +25,7 @@ from graphlocal.fitting import STEPS
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import training_mode, undone_on
 from graphlocal.statistics_lag import StatisticsLag
-from graphlocal.targets import onnx
+from graphlocal.targets import exports
 from graphlocal.targets.show import Drawing, draw, write
 
 MANY_RECOMPILATIONS = 8
@@ -141,16 +141,16 @@ class LocalModule(nn.Module):
         return self._recompile(list(last.traced.arguments.leaves), last.traced.arguments.spec, set(last.traced.dynamic))
 
     def export(self, path: str | Path, kind: str = "model", **options: Any) -> Any:
-        """Write the model for other tools; `graphlocal.targets.onnx` has the kinds and options.
+        """Write the model for other tools: `graphlocal.targets.onnx`, and `.torch_export` for .pt2, have kinds and options.
 
         kind="training-step" writes the whole training step: loss_fn=, optimizer=, and y=, example labels.
         """
-        if kind == onnx.TRAINING_STEP:
+        if kind == exports.TRAINING_STEP:
             with training_mode(self.original):
                 compiled = self._for_training()
-                return onnx.export_step(compiled, partial(self._unflatten, compiled), path, **options)
+                return exports.export_step(compiled, partial(self._unflatten, compiled), path, **options)
         c = self.compiled
-        return onnx.export(c.graph, c.traced, self.original, path, kind, **options)
+        return exports.export(c.graph, c.traced, self.original, path, kind, **options)
 
     @property
     def credit_depth(self) -> float:

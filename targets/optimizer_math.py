@@ -2,6 +2,11 @@
 
 SGD (with momentum), Adam (Kingma and Ba, 2015; amsgrad: Reddi et al., 2018) and AdamW (Loshchilov and Hutter, 2019),
 with all options of torch's classes. Equal to torch's own to rounding.
+
+Parameters of half precision are updated in float32, and what the optimizer remembers of them is float32. torch's fused
+kernels compute in float32 too, but remember in half precision, where the mean square of a gradient below 5e-3 is 0 in
+float16; its other implementations compute in half precision, where Adam's eps of 1e-8 is 0, and a weight whose
+gradient is 0 becomes 0 / 0.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ def initial_state(optimizer: Optimizer, parameter: nn.Parameter) -> State:
     """What the optimizer remembers of a parameter now; zeros before its first step. `step` is a float32 scalar."""
     group = group_of(optimizer, parameter)
     assert group is not None
-    known = optimizer.state.get(parameter, {})
+    known = {k: _exact(v) if isinstance(v, Tensor) else v for k, v in optimizer.state.get(parameter, {}).items()}
+    parameter = nn.Parameter(_exact(parameter.detach()))
     if isinstance(optimizer, SGD):
         if not group["momentum"]:
             return {}
@@ -53,11 +59,15 @@ def updated(
     optimizer: Optimizer, group: Mapping[str, Any], lr: Tensor, parameter: Tensor, gradient: Tensor, state: State
 ) -> tuple[Tensor, State]:
     """The parameter and what the optimizer remembers of it after one step. lr: a scalar tensor."""
-    gradient = -gradient if group["maximize"] else gradient
-    lr = lr.to(parameter.dtype)
-    if isinstance(optimizer, SGD):
-        return _sgd(group, lr, parameter, gradient, state)
-    return _adam(group, lr, parameter, gradient, state)
+    dtype, parameter = parameter.dtype, _exact(parameter)
+    gradient = _exact(-gradient if group["maximize"] else gradient)
+    formula = _sgd if isinstance(optimizer, SGD) else _adam
+    new, kept = formula(group, lr.to(parameter.dtype), parameter, gradient, state)
+    return new.to(dtype), kept
+
+
+def _exact(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _sgd(

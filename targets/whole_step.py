@@ -10,12 +10,14 @@ exported, and what other compilers compile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
@@ -23,6 +25,7 @@ from graphlocal.errors import InputError
 from graphlocal.targets.compilation import Compilation
 from graphlocal.targets.lowered import NotLowered, WithStates, attribute, lower, record, without_data
 from graphlocal.targets.optimizer_math import group_of, initial_state, updated
+from graphlocal.targets.quiet import quiet
 from graphlocal.targets.simplify import simplify
 from graphlocal.targets.training_graph import TrainingGraph
 
@@ -86,6 +89,13 @@ def whole_step(
     simplify(pure.graph)
     pure.recompile()
     return WholeStep(pure, recorder.states, tuple(recorder.changed), len(recorder.inputs), len(recorder.labels))
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """While open, attention is recorded as products and a softmax, recurrent cells step by step."""
+    with quiet(), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        yield
 
 
 class _Recorder:

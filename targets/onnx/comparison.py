@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphlocal.errors import InputError
-from graphlocal.targets.onnx.evaluation import Call, Evaluation, difference
+from graphlocal.targets.evaluation import Call, Evaluation, difference
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2}
 """The largest difference of an output from the model's, relative to its largest entry, that passes."""

@@ -7,11 +7,8 @@ inputs for the time of the optimization, so that none is folded into another ten
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +19,9 @@ from torch import Tensor, fx
 
 from graphlocal.errors import InputError
 from graphlocal.ir import Input, LocalGraph
-from graphlocal.targets.onnx.evaluation import Evaluation, marked
+from graphlocal.targets.evaluation import Evaluation, marked
 from graphlocal.targets.onnx.optimize import optimize
+from graphlocal.targets.quiet import quiet
 
 BOUNDARY_DOMAIN, BOUNDARY = "graphlocal", "Boundary"
 
@@ -108,20 +106,6 @@ def _free(model: Any, states: dict[str, Any]) -> None:
         value = model.graph.initializers.pop(name)
         value.const_value = None
         model.graph.inputs.append(value)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the exporters' own warnings and logs, which are about their code; the checks decide, not they."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            for module in (r"torch\..*", r"onnx.*", r"copyreg"):
-                warnings.filterwarnings("ignore", module=module)
-            yield
-    finally:
-        logging.disable(before)
 
 
 # Whose fault it was.

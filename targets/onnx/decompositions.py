@@ -23,6 +23,8 @@ from torch._decomp import core_aten_decompositions
 
 aten = torch.ops.aten
 
+_HALVES = (torch.float16, torch.bfloat16)
+
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The table to record a training step with."""
@@ -93,6 +95,10 @@ def _each(value: Sequence[int], axes: int) -> list[int]:
 # Normalization.
 
 
+def _exact(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.float()
+
+
 def batch_norm_functional(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
     training: bool, momentum: float, eps: float,
@@ -100,7 +106,7 @@ def batch_norm_functional(
     """The output, the mean and the inverse deviation that were used, and the new running statistics."""
     axes = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
-    exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    exact = x.float() if x.dtype in _HALVES else x
     if training:
         mean = exact.mean(axes)
         centred = exact - mean.view(shape)
@@ -130,6 +136,16 @@ def batch_norm_no_stats(
 ) -> tuple[Tensor | None, ...]:
     """The output, the mean and the inverse deviation of the batch."""
     return batch_norm_functional(x, weight, bias, None, None, True, momentum, eps)[:3]
+
+
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Any:
+    """Of half precision: in float32 throughout, as ONNX's LayerNormalization gives mean and inverse deviation."""
+    if x.dtype not in _HALVES:
+        return NotImplemented
+    out, mean, inverse = aten.native_layer_norm(x.float(), shape, _exact(weight), _exact(bias), eps)
+    return out.to(x.dtype), mean, inverse
 
 
 # Pooling.
@@ -230,7 +246,7 @@ def upsample_linear_backward(
     return error
 
 
-# Embeddings and dropout.
+# Embeddings, sums over places and dropout.
 
 
 def embedding_dense_backward(
@@ -296,6 +312,20 @@ def _bags(
     return bags, given, size
 
 
+def scatter_add(x: Tensor, axis: int, index: Tensor, source: Tensor) -> Any:
+    """Of half precision: summed in float32, since ONNX Runtime's CPU kernels have no other."""
+    if x.dtype not in _HALVES:
+        return NotImplemented
+    return x.float().scatter_add(axis, index, source.float()).to(x.dtype)
+
+
+def index_put(x: Tensor, indices: Sequence[Tensor | None], source: Tensor, accumulate: bool = False) -> Any:
+    """As `scatter_add`."""
+    if x.dtype not in _HALVES or not accumulate:
+        return NotImplemented
+    return aten.index_put(x.float(), indices, source.float(), True).to(x.dtype)
+
+
 def native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
     """The kept entries, scaled, and where they are; the random numbers are ONNX Runtime's."""
     if train is False or p == 0:
@@ -310,6 +340,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: convolution_backward,
     aten._native_batch_norm_legit_functional.default: batch_norm_functional,
     aten._native_batch_norm_legit.no_stats: batch_norm_no_stats,
+    aten.native_layer_norm.default: layer_norm,
     aten.max_pool2d_with_indices_backward.default: max_pool_backward,
     aten.adaptive_max_pool2d_backward.default: adaptive_max_pool_backward,
     aten.avg_pool2d_backward.default: avg_pool_backward,
@@ -324,6 +355,8 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.upsample_trilinear3d_backward.default: upsample_linear_backward,
     aten.embedding_dense_backward.default: embedding_dense_backward,
     aten.native_dropout.default: native_dropout,
+    aten.scatter_add.default: scatter_add,
+    aten.index_put.default: index_put,
     aten._embedding_bag.default: embedding_bag,
     aten._embedding_bag_backward.default: embedding_bag_backward,
 }

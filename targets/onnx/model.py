@@ -19,7 +19,7 @@ from graphlocal.targets.onnx.comparison import compare, session
 from graphlocal.targets.onnx.convert import Converted, convert
 from graphlocal.targets.onnx.cut import Cut, Piece
 from graphlocal.targets.onnx.cut import cut as cut_into_pieces
-from graphlocal.targets.onnx.evaluation import evaluation
+from graphlocal.targets.evaluation import evaluation
 from graphlocal.targets.onnx.files import put_files, save, workplace
 from graphlocal.targets.onnx.functions import DOMAIN, call, function, set_metadata
 from graphlocal.text import actions_to_text, to_text

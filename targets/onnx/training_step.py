@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,16 @@ import onnx_ir
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from graphlocal.errors import InputError
 from graphlocal.targets.lowered import NotLowered, lower
 from graphlocal.targets.onnx.comparison import check as check_file
-from graphlocal.targets.onnx.convert import quiet
 from graphlocal.targets.onnx.decompositions import decompositions
 from graphlocal.targets.onnx.files import put_files, workplace
 from graphlocal.targets.onnx.optimize import optimize
-from graphlocal.targets.whole_step import LossFunction, WholeStep, whole_step
+from graphlocal.targets.quiet import quiet
+from graphlocal.targets.whole_step import LossFunction, WholeStep, unfused, whole_step
 from graphlocal.version import __version__
 
 aten = torch.ops.aten
@@ -102,17 +100,10 @@ def recorded(
     optimizer: Optimizer, y: Any,
 ) -> WholeStep:  # fmt: skip
     """The step as operators that have an ONNX form, as far as they are known."""
-    with _unfused():
+    with unfused():
         return whole_step(
             compiled, leaves, unflatten, loss_fn, optimizer, y, any_batch=True, decompositions=decompositions()
         )
-
-
-@contextmanager
-def _unfused() -> Iterator[None]:
-    """While open, attention runs as products and a softmax, recurrent cells step by step."""
-    with quiet(), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
-        yield
 
 
 def converted(
@@ -196,7 +187,7 @@ def _unknown(step: WholeStep) -> list[str]:
 
 def _places(compiled: Any, leaves: list[Any]) -> dict[str, str]:
     """For each operator of the lowered graph, the subgraphs that it stands in: " (in layer1, layer2)"."""
-    with _unfused():
+    with unfused():
         lowered = lower(compiled.training, leaves, compiled.differentiable)
     subgraphs = {str(number): name for name, number in compiled.graph.number.items()}
     found: dict[str, dict[str, None]] = {}

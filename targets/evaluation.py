@@ -18,7 +18,7 @@ mode. The comparison also finds those of the trace's outputs that the model retu
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +56,21 @@ _MEANS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 @dataclass(frozen=True)
 class Call:
-    """What the model itself returns in evaluation mode: tensors in, tensors out, both flat."""
+    """What the model itself returns in evaluation mode: tensors in, tensors out, both flat.
+
+    returned: all leaves of what it returns, spec: their structure.
+    """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    returned: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """Other tensors in the place of `outputs`, in the structure that the model returns."""
+        tensors = iter(outputs)
+        leaves = [next(tensors) if isinstance(x, Tensor) else x for x in self.returned]
+        return pytree.tree_unflatten(leaves, self.spec)
 
 
 @dataclass(frozen=True)
@@ -211,11 +222,12 @@ def _call(model: nn.Module, arguments: Arguments) -> Call:
     try:
         with preserved(model), torch.no_grad():
             model.eval()
-            returned = pytree.tree_leaves(model(*inputs.args, **inputs.kwargs))
+            returned, spec = pytree.tree_flatten(model(*inputs.args, **inputs.kwargs))
     finally:
         for module, mode in modes:
             module.training = mode
-    return Call(tuple(arguments.tensors), tuple(x.clone() for x in returned if isinstance(x, Tensor)))
+    returned = [x.clone() if isinstance(x, Tensor) else x for x in returned]
+    return Call(tuple(arguments.tensors), tuple(x for x in returned if isinstance(x, Tensor)), tuple(returned), spec)
 
 
 def _further(traced: TracedModel, graph: LocalGraph, model: nn.Module) -> Arguments:
@@ -277,7 +289,7 @@ def _require_plain(traced: TracedModel, graph: LocalGraph) -> None:
         leaf = traced.module.get_submodule(str(node.target))
         if isinstance(leaf, OpaqueLeaf):
             raise InputError(
-                f"subgraph {graph.owner[node.name]!r} holds an opaque leaf, which no ONNX operator stands for",
+                f"subgraph {graph.owner[node.name]!r} holds an opaque leaf, which no list of operators stands for",
                 where=f"operation {node.name}, module {leaf.path}",
                 why="no tracer sees through it: its control flow depends on the data",
                 remedy="write it with tensor operations (torch.where instead of if), or export the rest of the model",
@@ -285,7 +297,7 @@ def _require_plain(traced: TracedModel, graph: LocalGraph) -> None:
     if has_guards(traced.module):
         raise InputError(
             f"{graph.name} was recorded, and its graph holds only for data that take the recorded path",
-            why="its control flow depends on the data; an ONNX file would compute wrong values for other data",
+            why="its control flow depends on the data; a file with the operators would compute wrong values for other data",
             remedy="write it with tensor operations (torch.where instead of if)",
         )
 
