@@ -42,7 +42,7 @@ from graphlocal.targets.training_graph import TrainingGraph, split
 from graphlocal.trace import DynamicDims, TracedModel, trace
 from graphlocal.verify import dead_parameters
 
-TARGETS = ("auto", "eager", "lowered", "inductor", "streams")
+TARGETS = ("auto", "eager", "lowered", "batched", "inductor", "streams")
 
 
 @dataclass(frozen=True)

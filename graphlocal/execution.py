@@ -12,11 +12,13 @@ from torch import Tensor
 
 from graphlocal.preserve import preserved
 from graphlocal.targets.accesses import annotate
+from graphlocal.targets.batched import batched
 from graphlocal.targets.compilation import Compilation
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
+from graphlocal.targets.stacking import ALL, GPU, Stacking
 from graphlocal.targets.streams import streamed
 from graphlocal.targets.training_graph import TrainingGraph, split
 
@@ -45,9 +47,10 @@ class Passes:
 class Execution:
     """Runs one compilation.
 
-    target: `"eager"`; `"lowered"`, `"inductor"` or `"streams"` (lowered, on several lanes), or NotLowered is raised;
-    `"auto"`: lowered from the second call with the same shapes on, where that is possible and pays. not_lowered: why
-    the eager graph runs, once that is known.
+    target: `"eager"`; `"lowered"`, `"batched"` (lowered, what can be stacked is), `"inductor"` or `"streams"` (lowered,
+    on several lanes), or NotLowered is raised; `"auto"`: lowered from the second call with the same shapes on, where
+    that is possible and pays, and batched where that pays. not_lowered: why the eager graph runs, once that is known.
+    batches: how many computations of stacked updates the last lowered graph has.
     """
 
     def __init__(self, compiled: Compilation, target: str) -> None:
@@ -57,6 +60,7 @@ class Execution:
         self.taken = compiled.differentiable  # the outputs that the last loss sent an error
         self._shapes: set[Any] = set()
         self._passes: dict[Any, Passes] = {}
+        self.batches = 0
         if target == "eager":
             self.not_lowered = NotLowered("the target is 'eager'")
         elif compiled.guarded:
@@ -108,9 +112,28 @@ class Execution:
         lowered = lower(self.compiled.training, leaves, self.taken)
         plain = self._passes_of(lowered)
         self._require_equal(plain, leaves)
+        if self.target in ("auto", "batched"):
+            lowered, plain = self._batched(lowered, plain, leaves)
         if self.target == "inductor":
             return self._by_inductor(lowered, fused)
         return self._passes_of(with_updates(lowered)) if fused else plain
+
+    def _batched(self, lowered: TrainingGraph, plain: Passes, leaves: Sequence[Any]) -> tuple[TrainingGraph, Passes]:
+        """The lowered graph and its passes with updates stacked, where that is possible and pays."""
+        on_gpu = any(weight.is_cuda for weight in self.compiled.weights)
+        stacking = ALL if self.target == "batched" else GPU if on_gpu else Stacking()
+        found, self.batches = batched(lowered, self.compiled.graph, stacking)
+        if not self.batches:
+            return lowered, plain
+        passes = self._passes_of(found)
+        try:
+            self._require_equal(passes, leaves)
+        except NotLowered:
+            if self._strict:
+                raise
+            self.batches = 0
+            return lowered, plain
+        return found, passes
 
     def _passes_of(self, lowered: TrainingGraph) -> Passes:
         if self.target == "streams":

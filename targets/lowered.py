@@ -124,7 +124,7 @@ class _Recording:
             name: value.detach().requires_grad_() if wish else value
             for name, value, wish in zip(self.states, states, self.requires_grad, strict=True)
         }
-        returned = _Tagging(self.training.module, named).run(*given, self._loss)
+        returned = Tagging(self.training.module, named).run(*given, self._loss)
         leaves, self.spec = pytree.tree_flatten(returned)
         return leaves
 
@@ -150,7 +150,7 @@ class WithStates(fx.Interpreter):
         return self.states[target] if target in self.states else super().get_attr(target, args, kwargs)
 
 
-class _Tagging(WithStates):
+class Tagging(WithStates):
     """Writes on the recorded nodes which action they belong to."""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -205,7 +205,9 @@ def _assembled(recording: _Recording, traced: fx.GraphModule) -> TrainingGraph:
         copied[next(placeholders)] = graph.get_attr(name)
     given = [graph.placeholder(node.name) for node in source.graph.find_nodes(op="placeholder")[:-2]]
     for i in recording.tensors:
-        copied[next(placeholders)] = given[i]
+        placeholder = next(placeholders)
+        copied[placeholder] = given[i]
+        given[i].meta["val"] = placeholder.meta["val"]
     loss, _ = graph.placeholder("loss"), graph.placeholder("retain", default_value=False)
     *operators, last = [node for node in traced.graph.nodes if node.op != "placeholder"]
     outputs, *gradients = pytree.tree_unflatten(list(last.args[0]), recording.spec)
@@ -219,6 +221,7 @@ def _assembled(recording: _Recording, traced: fx.GraphModule) -> TrainingGraph:
             value = node.meta["val"]
             error = graph.call_function(operator.getitem, (errors, node.meta["error"]))
             copied[node] = graph.call_function(laid_out, (error, _strides(value), value.dtype))
+            copied[node].meta["val"] = value
         elif node.op == "get_attr":
             lifted.register_buffer(str(node.target), attribute(traced, str(node.target)))
             copied[node] = graph.get_attr(f"lifted.{node.target}")

@@ -31,7 +31,7 @@ def simplify(graph: fx.Graph) -> None:
         elif _undoes_its_argument(node):
             _replace(node, node.args[0].args[0])
         elif node.target in VIEWS:
-            key = (node.target, _hashable(node.args), _hashable(tuple(sorted(node.kwargs.items()))))
+            key = (node.target, hashable(node.args), hashable(tuple(sorted(node.kwargs.items()))))
             if key in known:
                 _replace(node, known[key])
             else:
@@ -53,5 +53,6 @@ def _replace(node: fx.Node, by: Any) -> None:
     node.graph.erase_node(node)
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+def hashable(value: Any) -> Any:
+    """Arguments of a node, with tuples for lists."""
+    return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
