@@ -40,8 +40,9 @@ class LocalModule(nn.Module):
 
     original: the user's model, trained in place. error_weights: the feedback maps E. check_finite: raise
     LocalTrainingError, naming the subgraph, when an update is not a number. labels: those of the next backward pass,
-    if the rule has local heads; losses: of its samples, if the rule needs them; used once. calibrating: for rules with calibration steps (`rule="auto"`): None lets
-    every N-th forward pass in training mode be one, True or False all or none.
+    if the rule has local heads; losses: of its samples, if the rule needs them. Both are used once. calibrating: for
+    rules with calibration steps (`rule="auto"`): None lets every N-th forward pass in training mode be one, True or
+    False all or none.
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, options: Options) -> None:

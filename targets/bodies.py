@@ -19,7 +19,16 @@ from graphlocal.ir import LocalGraph, Subgraph
 from graphlocal.rules import Neuron, Rule
 from graphlocal.targets.group_norm import group_norm
 from graphlocal.targets.twins import LINEAR, through_twin
-from graphlocal.targets.units import log_probability, pass_by, pass_with_slope, scored_units, squashing_of
+from graphlocal.targets.units import (
+    detached,
+    log_probability,
+    pass_by,
+    pass_input,
+    pass_with_slope,
+    passed_operations,
+    scored_units,
+    squashing_of,
+)
 
 
 def subgraph_body(
@@ -39,6 +48,7 @@ def subgraph_body(
     twins = {states[name]: body.placeholder(twin_name(name)) for name in twins_read(graph, subgraph)}
     slope = body.placeholder("slope") if rule is not None and rule.anneals else None
     scored = () if rule is None else scored_units(graph, subgraph, rule)
+    passed = frozenset() if rule is None else passed_operations(graph, subgraph, rule)
     scores = []
     for name in subgraph.operations:
         node = nodes[name]
@@ -52,11 +62,17 @@ def subgraph_body(
                     copied[attribute] = body.get_attr(target)
         if node.op == "call_module":
             attributes[str(node.target)] = source.get_submodule(str(node.target))
+        x = node.args[0] if node.args else None
+        before = copied[x] if name in passed and isinstance(x, fx.Node) else None
+        if before is not None:
+            copied[x] = body.call_function(detached, (before,))
         if node.target is torch.ops.aten.group_norm.default:
             arguments = fx.map_arg((node.args, dict(node.kwargs)), copied.__getitem__)
             copied[node] = body.call_function(group_norm, *arguments)
         else:
             copied[node] = _with_twins(body, node, copied, twins)
+        if before is not None:
+            copied[x], copied[node] = before, body.call_function(pass_input, (copied[node], before))
         unit = graph.operation[name]
         if unit.discrete_of:
             f, sign = copied[nodes[unit.discrete_of.removeprefix("-")]], -1 if unit.discrete_of.startswith("-") else 1

@@ -260,7 +260,7 @@ class _Training(Emitter):
             node = self.rereads.decoder_update(connection, [self.get(name) for name in names])
         else:
             update = FeedbackUpdate(error, layout(self.graph, connection))
-            source = self.errors.get(connection.source_value)
+            source = self.error_read(connection)
             node = self.call_module(f"{connection.value}_from_{connection.source_value}_update", update,
                                     h, z, displacement, source, self.batch, *map(self.get, names))  # fmt: skip
         for i, name in enumerate(names):

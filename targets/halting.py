@@ -142,7 +142,11 @@ class Stop(nn.Module):
                     if found is None:
                         continue
                     e = found.values
-                    loss = (e * self.per_sample(batch)).square().reshape(len(e), -1).sum(1) / 2 if is_exact else found.losses
+                    loss = (
+                        (e * self.per_sample(batch)).square().reshape(len(e), -1).sum(1) / 2
+                        if is_exact
+                        else found.losses
+                    )
                     assert loss is not None
                     if found.samples is None:
                         reached, losses = torch.ones_like(reached), losses + loss

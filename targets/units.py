@@ -44,6 +44,53 @@ def pass_with_slope(result: Tensor, x: Tensor, sign: int, squashing: str, slope:
     return ShortCircuit.apply(result.detach(), x, factor)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class PassInput(torch.autograd.Function):
+    """The result of an operation, whose error goes to the operation's parameters and, as it is, to its input."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, x: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *errors: Tensor) -> tuple[Tensor, Tensor]:
+        return errors[0], errors[0].to(ctx.dtype)
+
+
+def pass_input(result: Tensor, x: Tensor) -> Tensor:
+    """`PassInput` as a function; `result` must have been computed from a detached x."""
+    return PassInput.apply(result, x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def detached(x: Tensor) -> Tensor:
+    """`x.detach()` as a function."""
+    return x.detach()
+
+
+_ACTIVATIONS = re.compile(
+    r"aten\.(relu6?|leaky_relu|r?relu|elu|selu|celu|gelu|silu|mish|tanh|sigmoid|log_sigmoid|hardtanh|hardsigmoid|hardswish"
+    r"|softplus|threshold)\."
+)
+_NORMALIZATIONS = re.compile(r"aten\.(\w*batch_norm|instance_norm|layer_norm|group_norm|rms_norm)\b")
+
+
+def passed_operations(graph: LocalGraph, subgraph: Subgraph, rule: Rule) -> frozenset[str]:
+    """The operations inside a subgraph that errors pass without their derivative."""
+    if not rule.passes_nonlinear or any(c.kind == "vjp" and c.source == subgraph.name for c in graph.connections):
+        return frozenset()
+    tails = {name for output in subgraph.outputs for name in graph.tail(output)}
+    return frozenset(
+        name
+        for name in subgraph.operations
+        if name not in tails and passes(graph.operation[name]) and graph.operation[name].type is not None
+    )
+
+
+def passes(op: Operation) -> bool:
+    """Whether an operation is an activation function or a normalization."""
+    return bool((op.pointwise and _ACTIVATIONS.match(op.target)) or _NORMALIZATIONS.match(op.target))
+
+
 def _sigmoid_slope(x: Tensor) -> Tensor:
     s = torch.sigmoid(x)
     return s * (1 - s)

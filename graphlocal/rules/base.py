@@ -128,6 +128,16 @@ class Rule(ABC):
         return False
 
     @property
+    def passes_nonlinear(self) -> bool:
+        """Whether errors pass activation functions and normalizations inside a subgraph without their derivative."""
+        return False
+
+    @property
+    def levels(self) -> int:
+        """The levels of the partition tree: `depth`, or more where the rule goes on to single operations."""
+        return self.depth
+
+    @property
     def anneals(self) -> bool:
         """Whether errors pass discrete units with a slope that grows."""
         return False
