@@ -247,12 +247,16 @@ def require_schedule(rule: Rule) -> None:
 def passes(options: Options) -> tuple[Any, ...]:
     """The passes that `options` stand for, in order."""
     return (
-        *([FindDiscreteUnits(options.rule.passes_squashing)] if options.rule.passes_discrete else []),
-        Partition(options.partition, options.rule.depth),
+        *([_find_discrete_units(options.rule)] if options.rule.passes_discrete else []),
+        Partition(options.partition, options.rule.levels),
         InsertErrorNeurons(),
         InsertSkipErrors(options.rule, options.skip_errors),
         *([Schedule(options.streams)] if options.rule.engine == "schedule" else []),
     )
+
+
+def _find_discrete_units(rule: Rule) -> FindDiscreteUnits:
+    return FindDiscreteUnits(rule.passes_squashing, beside_derivatives=rule.needs_losses)
 
 
 def _require_learnable(graph: LocalGraph) -> None:
@@ -311,7 +315,8 @@ def _add_feedback(graph: LocalGraph, rule: Rule, model: nn.Module, error_weights
             _register(error_weights, twin_name(parameter), twin, rule)
     for name, value in rule.buffers(graph).items():
         if not hasattr(error_weights, name):
-            error_weights.register_buffer(name, value.to(example.device, example.dtype))
+            dtype = example.dtype if value.is_floating_point() else value.dtype
+            error_weights.register_buffer(name, value.to(example.device, dtype))
 
 
 def _add_heads(graph: LocalGraph, rule: Rule, example: torch.Tensor, error_weights: nn.Module) -> None:

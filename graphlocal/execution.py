@@ -69,6 +69,8 @@ class Execution:
             self.not_lowered = NotLowered(
                 "the local heads take the labels, which the lowered graph has no argument for"
             )
+        elif compiled.rule.needs_losses:
+            self.not_lowered = NotLowered("the lowered graph has no argument for the losses of the samples")
         elif compiled.calibrates:
             self.not_lowered = NotLowered("a calibration step fits feedback maps, in few steps only")
         elif compiled.rule.relaxes:
@@ -197,7 +199,7 @@ class Run:
     ) -> Any:
         """What the error pass returns; afterwards nothing is kept for another one, unless it retains.
 
-        labels: those of the batch, for rules with local heads.
+        labels: those of the batch, for rules with local heads; or the losses of its samples, for rules that need them.
         """
         given = tuple(error is not None for error in errors)
         if self.passes.taken is not None and given != self.passes.taken:

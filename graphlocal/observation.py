@@ -27,7 +27,7 @@ from graphlocal.compiler import Compiled
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.preserve import preserved
 from graphlocal.runtime import LocalModule
-from graphlocal.step import LossFunction
+from graphlocal.step import LossFunction, sample_losses
 from graphlocal.targets.bodies import Update
 from graphlocal.targets.eager import batch_size
 
@@ -94,7 +94,9 @@ class _Observer:
         self.updates: dict[str, list[Tensor]] = {}
 
     def run(self, leaves: list[Any]) -> Observation:
-        given = {"labels_of_heads": self.y} if getattr(self.compiled.options.rule, "needs_labels", False) else {}
+        rule = self.compiled.options.rule
+        given: dict[str, Any] = {"labels_of_heads": self.y} if rule.needs_labels else {}
+        given |= {"losses_of_samples": lambda: self.losses} if rule.needs_losses else {}
         with self._watched_updates():
             result = self.compiled.training.module(*leaves, self._loss_errors, **given)
         outputs, weights = result[0], result[1]
@@ -141,6 +143,8 @@ class _Observer:
         taken = self.compiled.differentiable
         flat = [z.detach().requires_grad_() if wanted else z for z, wanted in zip(outputs, taken, strict=True)]
         loss = self.loss_fn(self.local._unflatten(self.compiled, flat), self.y)
+        if self.compiled.options.rule.needs_losses:
+            self.losses, loss = sample_losses(loss)
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             raise InputError("loss_fn must return a scalar tensor that depends on the model's output")
         self.loss = loss.detach()

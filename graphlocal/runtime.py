@@ -40,8 +40,9 @@ class LocalModule(nn.Module):
 
     original: the user's model, trained in place. error_weights: the feedback maps E. check_finite: raise
     LocalTrainingError, naming the subgraph, when an update is not a number. labels: those of the next backward pass,
-    if the rule has local heads; used once. calibrating: for rules with calibration steps (`rule="auto"`): None lets
-    every N-th forward pass in training mode be one, True or False all or none.
+    if the rule has local heads; losses: of its samples, if the rule needs them. Both are used once. calibrating: for
+    rules with calibration steps (`rule="auto"`): None lets every N-th forward pass in training mode be one, True or
+    False all or none.
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, options: Options) -> None:
@@ -60,6 +61,7 @@ class LocalModule(nn.Module):
         self.check_finite = True
         self.calibrating: bool | None = None
         self.labels: Any = None
+        self.losses: Any = None
         self.options = compiled.options
         self.original = compiled.model
         self.error_weights = compiled.error_weights
@@ -343,8 +345,11 @@ class LocalStep:
             )
         given = iter(errors)
         aligned = tuple(next(given) if taken else None for taken in self.taken)
-        if self.local.options.rule.needs_labels and self.labels is None:
+        rule = self.local.options.rule
+        if rule.needs_labels and self.labels is None:
             self.labels, self.local.labels = (self.local.labels,), None
+        if rule.needs_losses and self.labels is None:
+            self.labels, self.local.losses = (self.local.losses,), None
         weights, feedback, inputs = self.run.error_pass(aligned, retain=retain, labels=self.labels or ())
         if self.local.check_finite:
             norms = update_norms(self.compiled.training.weights, weights)

@@ -33,7 +33,8 @@ def train_step(
 ) -> TrainStep:
     """The fused form of a training step: `step(x, y) -> loss`.
 
-    loss_fn: `loss_fn(output, y)`, a scalar; for the rule nlp also a goal, or several. optimizer (None for rules that
+    loss_fn: `loss_fn(output, y)`, a scalar; for `Backprop(estimator="reinforce")` the loss of each sample, [batch]; for
+    the rule nlp also a goal, or several. optimizer (None for rules that
     need none): any of torch.optim's that can update some parameters
     without the others. Every subgraph's parameters are updated, and its gradients and activations freed, as
     soon as its error is known (small ones together: `TOGETHER`); `p.grad` is never set. Parameters that several
@@ -63,6 +64,7 @@ class TrainStep:
         self.goals, self.loss_fn = _goals(loss_fn, rule)
         self._parts: dict[tuple[Compiled, tuple[str, ...]], PartialOptimizer] = {}
         self.memory: dict[str, Any] = {}
+        self._losses: Tensor | None = None  # of each sample, for rules that need them
         if optimizer is None and not rule.needs_optimizer:
             return
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -110,7 +112,8 @@ class TrainStep:
             self._apply(compiled, names, gradients)
 
         with torch.no_grad():
-            labels = (y,) if self.local.options.rule.needs_labels else ()
+            rule = self.local.options.rule
+            labels = (y,) if rule.needs_labels else (self._losses,) if rule.needs_losses else ()
             run.error_pass(errors, apply, labels=labels)
             if waiting:
                 flush()
@@ -142,6 +145,8 @@ class TrainStep:
         ]
         assert self.loss_fn is not None
         loss = self.loss_fn(self.local._unflatten(compiled, flat), y)
+        if self.local.options.rule.needs_losses:
+            self._losses, loss = sample_losses(loss)
         if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
             raise InputError(
                 "loss_fn must return a scalar tensor that depends on the model's output",
@@ -168,6 +173,19 @@ class TrainStep:
         if name.startswith(ERROR_WEIGHTS):
             return self.local.get_parameter(name)
         return self.local.original.get_parameter(name)
+
+
+def sample_losses(losses: Any) -> tuple[Tensor, Tensor]:
+    """The losses of the samples, and their mean. Raises InputError for anything else than a vector."""
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        raise InputError(
+            "loss_fn must return the loss of each sample, a tensor of shape [batch]",
+            why=f"it returned {type(losses).__name__}"
+            + (f" of shape {list(losses.shape)}" if isinstance(losses, Tensor) else "")
+            + ", and REINFORCE rewards each sample's units with its own loss",
+            remedy="use reduction='none', such as functools.partial(cross_entropy, reduction='none')",
+        )
+    return losses.detach(), losses.mean()
 
 
 def _goals(

@@ -25,14 +25,16 @@ _CONVERTS = re.compile(r"aten\.(to|_to_copy|type_as|where|mul)\b")
 class FindDiscreteUnits:
     """Set `discrete_of` on the last operation of every discrete unit, and group the unit's operations.
 
-    before_squashing: where f is a sigmoid or tanh of x, take x for f.
+    before_squashing: where f is a sigmoid or tanh of x, take x for f. beside_derivatives: also where a derivative of an
+    output with respect to f exists by another way, for estimators that add to it.
     """
 
     before_squashing: bool = False
+    beside_derivatives: bool = False
     name: str = "discrete-units"
 
     def apply(self, graph: LocalGraph) -> LocalGraph:
-        units = _units(graph)
+        units = _units(graph, self.beside_derivatives)
         changed: dict[str, Operation] = {}
         for last, (f, chain) in units.items():
             if self.before_squashing:
@@ -53,7 +55,7 @@ def _before_squashing(graph: LocalGraph, f: str, chain: tuple[str, ...]) -> tupl
     return sign + op.inputs[0], (value, *chain)
 
 
-def _units(graph: LocalGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _units(graph: LocalGraph, beside_derivatives: bool) -> dict[str, tuple[str, tuple[str, ...]]]:
     """For the last operation of each unit: f, with its sign, and the unit's operations."""
     learning = learning_values(graph)
     smooth = {value for value in graph.outputs if graph.is_float(value)}  # by derivatives alone
@@ -62,7 +64,7 @@ def _units(graph: LocalGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
     pending: dict[str, tuple[str, ...]] = {}  # comparisons whose float result is reached: the chain after them
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for op in reversed(graph.operations):
-        if op.name in candidates and op.name not in smooth:
+        if op.name in candidates and (beside_derivatives or op.name not in smooth):
             reached.add(op.name)
             found.update({last: (f, chain) for last, f, chain in candidates[op.name]})
         if op.name in pending:

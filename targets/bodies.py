@@ -19,28 +19,26 @@ from graphlocal.ir import LocalGraph, Subgraph
 from graphlocal.rules import Neuron, Rule
 from graphlocal.targets.group_norm import group_norm
 from graphlocal.targets.twins import LINEAR, through_twin
+from graphlocal.targets.units import (
+    detached,
+    log_probability,
+    pass_by,
+    pass_input,
+    pass_with_slope,
+    passed_operations,
+    scored_units,
+    squashing_of,
+)
 
 
-class ShortCircuit(torch.autograd.Function):
-    """The result of a discrete unit g(f), whose error goes to f as if g were the identity (times `sign`)."""
+def subgraph_body(
+    source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph, rule: Rule | None = None
+) -> fx.GraphModule:
+    """A subgraph as a function.
 
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, f: Tensor, sign: int) -> Tensor:
-        ctx.sign, ctx.shape, ctx.dtype = sign, f.shape, f.dtype
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, *errors: Tensor) -> tuple[None, Tensor, None]:
-        return None, errors[0].sum_to_size(ctx.shape).to(ctx.dtype) * ctx.sign, None
-
-
-def pass_by(result: Tensor, f: Tensor, sign: int) -> Tensor:
-    """`ShortCircuit` as a function."""
-    return ShortCircuit.apply(result.detach(), f, sign)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph) -> fx.GraphModule:
-    """A subgraph as a function: inputs, sizes, states and twins in; representations, then pre-activations, out."""
+    In: inputs, sizes, states, twins, and the slope of discrete units where the rule anneals one. Out: representations,
+    pre-activations, and the scores of stochastic units where the rule learns by them.
+    """
     nodes = {node.name: node for node in source.graph.nodes}
     body, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     attributes: dict[str, Any] = {}
@@ -48,6 +46,10 @@ def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph)
         copied[nodes[value]] = body.placeholder(value)
     states = {name: body.placeholder(identifier) for name, identifier in _identifiers(subgraph.states).items()}
     twins = {states[name]: body.placeholder(twin_name(name)) for name in twins_read(graph, subgraph)}
+    slope = body.placeholder("slope") if rule is not None and rule.anneals else None
+    scored = () if rule is None else scored_units(graph, subgraph, rule)
+    passed = frozenset() if rule is None else passed_operations(graph, subgraph, rule)
+    scores = []
     for name in subgraph.operations:
         node = nodes[name]
         for attribute in node.all_input_nodes:
@@ -60,19 +62,30 @@ def subgraph_body(source: fx.GraphModule, graph: LocalGraph, subgraph: Subgraph)
                     copied[attribute] = body.get_attr(target)
         if node.op == "call_module":
             attributes[str(node.target)] = source.get_submodule(str(node.target))
+        x = node.args[0] if node.args else None
+        before = copied[x] if name in passed and isinstance(x, fx.Node) else None
+        if before is not None:
+            copied[x] = body.call_function(detached, (before,))
         if node.target is torch.ops.aten.group_norm.default:
             arguments = fx.map_arg((node.args, dict(node.kwargs)), copied.__getitem__)
             copied[node] = body.call_function(group_norm, *arguments)
         else:
             copied[node] = _with_twins(body, node, copied, twins)
-        f = graph.operation[name].discrete_of
-        if f:
-            copied[node] = body.call_function(
-                pass_by, (copied[node], copied[nodes[f.removeprefix("-")]], -1 if f.startswith("-") else 1)
-            )
+        if before is not None:
+            copied[x], copied[node] = before, body.call_function(pass_input, (copied[node], before))
+        unit = graph.operation[name]
+        if unit.discrete_of:
+            f, sign = copied[nodes[unit.discrete_of.removeprefix("-")]], -1 if unit.discrete_of.startswith("-") else 1
+            squashing = squashing_of(graph, unit) if slope is not None else ""
+            if name in scored:
+                scores.append(body.call_function(log_probability, (copied[node], f)))
+            elif squashing:
+                copied[node] = body.call_function(pass_with_slope, (copied[node], f, sign, squashing, slope))
+            else:
+                copied[node] = body.call_function(pass_by, (copied[node], f, sign))
     z = [copied[nodes[output.value]] for output in subgraph.outputs]
     h = [copied[nodes[name]] for name in preactivations(subgraph)]
-    body.output((*z, *h))
+    body.output((*z, *h, *scores))
     return fx.GraphModule(attributes, body, class_name="Subgraph")
 
 
@@ -194,7 +207,7 @@ class Feedback(nn.Module):
 class LocalError(nn.Module):
     """The local error of one representation, from its displacement, by the learning rule.
 
-    Errors travel in the units of the loss; the rule sees them per sample, that is times the batch size.
+    Errors travel in the units of the loss; the rule sees them per sample, that is times the batch size for a mean.
     """
 
     def __init__(self, rule: Rule, value: str, phi: Callable[[Tensor], Tensor]) -> None:
@@ -208,7 +221,8 @@ class LocalError(nn.Module):
         if displacement is None:
             return None
         with torch.no_grad():
-            return self.rule.local_error(self.neuron(h, z), displacement * batch) / batch
+            scale = self.rule.per_sample(batch)
+            return self.rule.local_error(self.neuron(h, z), displacement * scale) / scale
 
 
 class FeedbackUpdate(nn.Module):
@@ -224,7 +238,8 @@ class FeedbackUpdate(nn.Module):
         if displacement is None or source is None or not factors[0].requires_grad:
             return nothing
         with torch.no_grad():
-            cotangent = self.error.rule.feedback_cotangent(self.error.neuron(h, z), displacement * batch)
+            rule = self.error.rule
+            cotangent = rule.feedback_cotangent(self.error.neuron(h, z), displacement * rule.per_sample(batch))
         if cotangent is None:
             return nothing
         updates = cotangent_update(self.layout, factors, source, cotangent.detach())

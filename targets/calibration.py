@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from graphlocal.feedback import Layout, target_rows
 from graphlocal.fitting import WindowLayout, refit, thinned
 from graphlocal.rules import Calibration
+from graphlocal.targets.halting import Error, whole
 
 
 class AtPreactivation(nn.Module):
@@ -19,7 +20,8 @@ class AtPreactivation(nn.Module):
         super().__init__()
         self.phi = phi
 
-    def forward(self, h: Tensor, error: Tensor | None) -> Tensor | None:
+    def forward(self, h: Tensor, error: Error) -> Tensor | None:
+        error = whole(error, h)
         if error is None:
             return None
         with torch.enable_grad():

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from graphlocal.feedback import layout
 from graphlocal.ir import Connection, LocalGraph, Representation, Subgraph
-from graphlocal.rules import Head, RelaxingRule, Rule
+from graphlocal.rules import Backprop, Head, RelaxingRule, Rule
 from graphlocal.targets.bodies import (
     FeedbackUpdate,
     LocalError,
@@ -40,6 +40,7 @@ from graphlocal.targets.equilibrium import emit_relaxation
 from graphlocal.targets.halting import CreditDepth, whole
 from graphlocal.targets.heads import LocalHead, head_name
 from graphlocal.targets.training_graph import TrainingGraph, assemble
+from graphlocal.targets.units import Advantage, Slope, score_name, scored_units
 from graphlocal.trace import TracedModel
 
 LossErrors = Callable[[tuple[Any, ...]], Sequence[Tensor | None]]
@@ -97,6 +98,8 @@ class _Training(Emitter):
         self.rereads = Rereads(self) if rule.rereads else None
         self.halting = None if rule.halting is None else Halting(self, depth)
         self.fitting = None if fits is None else Fitting(self, fits)
+        self.slope: fx.Node | None = None  # with which errors pass discrete units
+        self.scores: dict[str, list[str]] = {}  # of each subgraph: the scores of its stochastic units
         self.last_user = {
             name: subgraph.name for subgraph in self._update_order() for name in graph.trainable(subgraph)
         }
@@ -113,7 +116,11 @@ class _Training(Emitter):
         self.retain = self.fx.placeholder("retain", default_value=False)
         if self.rule.needs_labels:
             self.labels = self.fx.placeholder("labels_of_heads", default_value=None)
+        if self.rule.needs_losses:
+            self.losses = self.fx.placeholder("losses_of_samples", default_value=None)
         self._sizes()
+        if isinstance(self.rule, Backprop) and self.rule.anneals:
+            self.slope = self.call_module("slope", Slope(self.rule), self.get("error_weights.estimator_steps"))
         if isinstance(self.rule, RelaxingRule):
             self._hand_over(list(emit_relaxation(self, self.rule)))
             return self._finish()
@@ -149,11 +156,15 @@ class _Training(Emitter):
         number = self.graph.number[subgraph.name]
         if self.rereads:
             self.rereads.snapshot(subgraph)
-        body = subgraph_body(self.traced.module, self.graph, subgraph)
+        body = subgraph_body(self.traced.module, self.graph, subgraph, self.rule)
         inputs = [self.seen[value] for value in (*subgraph.inputs, *sizes_read(self.graph, subgraph))]
         twins = [self.twin(name) for name in twins_read(self.graph, subgraph)]
-        result = self.call_module(f"F{number}", body, *inputs, *map(self.attribute, subgraph.states), *twins)
+        slope = [] if self.slope is None else [self.slope]
+        result = self.call_module(f"F{number}", body, *inputs, *map(self.attribute, subgraph.states), *twins, *slope)
         names = [*(output.value for output in subgraph.outputs), *preactivations(subgraph)]
+        scored = scored_units(self.graph, subgraph, self.rule)
+        names += [score_name(unit) for unit in scored]
+        self.scores[subgraph.name] = names[len(names) - len(scored) :]
         for i, name in enumerate(names):
             self.attached[name] = self.call(operator.getitem, result, i, name=f"{name}_in_F{number}")
         sent_back = {c.value for c in self.graph.incoming(subgraph.name) if c.kind == "vjp"}
@@ -168,6 +179,9 @@ class _Training(Emitter):
         self.output_error = self.call(output_errors, self.loss, outputs, name="output_error")
         candidates = [*outputs, *(self.seen[item.name] for item in self.graph.inputs)]
         self.batch = self.call(batch_size, *candidates, name="batch")
+        if isinstance(self.rule, Backprop) and self.rule.needs_losses:
+            kept = [self.get(f"error_weights.{name}") for name in ("estimator_baseline", "estimator_steps")]
+            self.advantage = self.call_module("advantage", Advantage(self.rule), self.losses, self.batch, *kept)
 
     def _returned(self, value: str) -> fx.Node:
         return self.seen[value] if value in self.seen else self.get(self.constant_names.get(value, value))
@@ -213,6 +227,7 @@ class _Training(Emitter):
             error = self.sum([e for e in (exact, local) if e is not None])
             if error is not None:
                 self.errors[value] = error
+        feeds += [(self.attached[name], self.advantage) for name in self.scores.get(subgraph.name, ())]
         self.feeds[subgraph.name] = feeds
         if self.halting:
             self.halting.stop(subgraph)
@@ -245,7 +260,7 @@ class _Training(Emitter):
             node = self.rereads.decoder_update(connection, [self.get(name) for name in names])
         else:
             update = FeedbackUpdate(error, layout(self.graph, connection))
-            source = self.errors.get(connection.source_value)
+            source = self.error_read(connection)
             node = self.call_module(f"{connection.value}_from_{connection.source_value}_update", update,
                                     h, z, displacement, source, self.batch, *map(self.get, names))  # fmt: skip
         for i, name in enumerate(names):

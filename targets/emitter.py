@@ -92,17 +92,27 @@ class Emitter:
         return [self.feedback(connection, error, factors)]
 
     def error_read(self, connection: Connection) -> fx.Node | None:
-        """The error that a feedback map reads; a fitted one reads it at the pre-activation."""
+        """The error that a feedback map reads.
+
+        A fitted one reads it at the pre-activation; so does every map from an output of the model, where a squashing
+        tail and its loss belong together: for a sigmoid under binary cross-entropy the error is p - y.
+        """
         value = connection.source_value
         error, output = self.errors.get(value), self.graph.representation[value]
         tail = self.graph.tail(output)
-        if error is None or not connection.fitted or not tail:
+        if error is None or not tail or not (connection.fitted or self._is_output_error(connection)):
             return error
         if value not in self.gated:
             phi = tail_function(self.traced.module, tail, output.preactivation)
             h = self.attached[output.preactivation]
             self.gated[value] = self.call_module(f"gated_{value}", AtPreactivation(phi), h, error)
         return self.gated[value]
+
+    def _is_output_error(self, connection: Connection) -> bool:
+        """Whether the source's error is the loss's own gradient and nothing else."""
+        value = connection.source_value
+        kinds = {c.kind for c in self.graph.incoming(connection.source) if c.value == value}
+        return kinds == {"loss"} and not self.rule.decodes
 
     def feedback(self, connection: Connection, error: fx.Node, factors: list[fx.Node]) -> fx.Node:
         """The message of a feedback map."""

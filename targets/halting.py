@@ -113,9 +113,10 @@ class RowsError(nn.Module):
             return None
         with torch.no_grad():
             neuron = Neuron(self.value, taken(h.detach(), found.samples), taken(z.detach(), found.samples), self.phi)
-            target = neuron.phi(self.rule.move(neuron, found.values * batch))
+            scale = self.rule.per_sample(batch)
+            target = neuron.phi(self.rule.move(neuron, found.values * scale))
             losses = self.rule.losses(neuron, target) if self.batched else None
-            return Rows(found.samples, self.rule.mismatch(neuron, target) / batch, losses)
+            return Rows(found.samples, self.rule.mismatch(neuron, target) / scale, losses)
 
 
 class Stop(nn.Module):
@@ -127,6 +128,7 @@ class Stop(nn.Module):
     def __init__(self, rule: AligningRule, name: str, depth: CreditDepth, batched: Sequence[bool]) -> None:
         super().__init__()
         self.epsilon, self.name, self.depth, self.batched = rule.halting or 0.0, name, depth, all(batched)
+        self.per_sample = rule.per_sample
 
     def forward(self, batch: int, example: Tensor, *errors: tuple[Error, Error]) -> Tensor | None:
         with torch.no_grad():
@@ -140,7 +142,11 @@ class Stop(nn.Module):
                     if found is None:
                         continue
                     e = found.values
-                    loss = (e * batch).square().reshape(len(e), -1).sum(1) / 2 if is_exact else found.losses
+                    loss = (
+                        (e * self.per_sample(batch)).square().reshape(len(e), -1).sum(1) / 2
+                        if is_exact
+                        else found.losses
+                    )
                     assert loss is not None
                     if found.samples is None:
                         reached, losses = torch.ones_like(reached), losses + loss

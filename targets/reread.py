@@ -116,7 +116,7 @@ class Reader:
     position: int
     ends: tuple[End, ...]
 
-    def message(self, rule: AligningRule, candidate: Tensor, batch: int, given: Any) -> Tensor | None:
+    def message(self, rule: AligningRule, candidate: Tensor, scale: int, given: Any) -> Tensor | None:
         """The derivative of the reader's local losses at a candidate of what it reads, per sample.
 
         given: (snapshot, the body's arguments, for each end: its z in the forward pass, its exact error, its target).
@@ -134,7 +134,7 @@ class Reader:
             z, smooth, h = results[end.z], results[end.smooth], results[end.h]
             if exact is not None and z.requires_grad:
                 outputs.append(z)
-                errors.append(exact * batch + (z.detach() - before.detach()))
+                errors.append(exact * scale + (z.detach() - before.detach()))
             fed = h if rule.feeds == "preactivation" else smooth
             if target is not None and fed.requires_grad:
                 outputs.append(fed)
@@ -161,17 +161,18 @@ class Walk(nn.Module):
             return None, None
         with torch.no_grad():
             first = now = self.error.neuron(h, z)
-            d: Tensor | None = displacement * batch
+            scale = self.rule.per_sample(batch)
+            d: Tensor | None = displacement * scale
             for step in range(self.rule.inner_steps):
                 if step:
                     candidate = now.z if value is None else value + (now.z - first.z)
                     messages = [
-                        reader.message(self.rule, candidate, batch, values)
+                        reader.message(self.rule, candidate, scale, values)
                         for reader, values in zip(self.readers, given, strict=True)
                     ]
-                    d = add_messages(None if constant is None else constant * batch, *messages)
+                    d = add_messages(None if constant is None else constant * scale, *messages)
                 if d is None:
                     break
                 moved = self.rule.move(now, d)
                 now = Neuron(now.name, moved, now.phi(moved), now.phi)
-            return self.rule.mismatch(first, now.z) / batch, now.z
+            return self.rule.mismatch(first, now.z) / scale, now.z

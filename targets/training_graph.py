@@ -55,7 +55,7 @@ def split(training: TrainingGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     return _like(training.module, forward, "ForwardPass"), _like(training.module, error, "ErrorPass")
 
 
-_GIVEN_AFTER = ("loss", "apply", "retain", "labels_of_heads")
+_GIVEN_AFTER = ("loss", "apply", "retain", "labels_of_heads", "losses_of_samples")
 """Arguments of the training graph that only what follows the loss reads."""
 
 
@@ -74,7 +74,7 @@ def _error_pass(nodes: list[fx.Node], at: int, saved: list[fx.Node]) -> fx.Graph
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     store, copied[nodes[at]] = graph.placeholder("saved"), graph.placeholder("errors")
     for node in nodes[:at]:
-        if node.op == "placeholder" and node.name in ("apply", "retain", "labels_of_heads"):
+        if node.op == "placeholder" and node.name in _GIVEN_AFTER[1:]:
             copied[node] = graph.node_copy(node)
             if node.name == "retain":
                 retain = copied[node]

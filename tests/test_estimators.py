@@ -89,4 +89,4 @@ def test_the_estimators_learn_where_backprop_does_not():
 
 def test_other_estimators_are_refused():
     with pytest.raises(InputError, match="estimator"):
-        Backprop(estimator="reinforce")
+        Backprop(estimator="gumbel")

@@ -93,6 +93,12 @@ def require_local_loss(rule: Any) -> None:
         )
 
 
+def require_reduction(rule: Rule) -> None:
+    """Raise InputError for another reduction of the loss than those that are known."""
+    if rule.reduction not in ("mean", "sum"):
+        raise InputError(f"{type(rule).__name__}(reduction={rule.reduction!r})", remedy="use 'mean' or 'sum'")
+
+
 def require_positive(rule: Rule, options: Sequence[str], optional: Sequence[str] = ()) -> None:
     """Raise InputError unless the options are numbers above 0, or None where they are optional."""
     for option in options:

@@ -66,6 +66,7 @@ class Rule(ABC):
     needs_labels: whether its connections of kind `head` take the labels. decodes: whether its feedback maps are
     decoders of representations, with a bias, and not maps of errors (`DecodingRule`). relaxes: whether a step is a
     relaxation of all states at one time (`RelaxingRule`).
+    reduction: how the loss is reduced over the batch, which tells what the error of one sample is.
     engine: what runs a training step: `"schedule"`, the actions F, D and U of one pass; or the name of an engine with
     a loop of its own over the subgraphs, which `graphlocal.train_step` runs. call: how such a step is called.
     """
@@ -76,6 +77,7 @@ class Rule(ABC):
     needs_labels: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
     relaxes: ClassVar[bool] = False
+    reduction: Literal["mean", "sum"] = "mean"
     engine: ClassVar[str] = "schedule"
     call: ClassVar[str] = "step(x, y)"
 
@@ -92,6 +94,10 @@ class Rule(ABC):
     @property
     def learns_feedback(self) -> bool:
         return False
+
+    def per_sample(self, batch: int) -> int:
+        """By what an error in the units of the loss is multiplied to be that of one sample."""
+        return batch if self.reduction == "mean" else 1
 
     @property
     def inner_steps(self) -> int:
@@ -119,6 +125,26 @@ class Rule(ABC):
 
     @property
     def passes_squashing(self) -> bool:
+        return False
+
+    @property
+    def passes_nonlinear(self) -> bool:
+        """Whether errors pass activation functions and normalizations inside a subgraph without their derivative."""
+        return False
+
+    @property
+    def levels(self) -> int:
+        """The levels of the partition tree: `depth`, or more where the rule goes on to single operations."""
+        return self.depth
+
+    @property
+    def anneals(self) -> bool:
+        """Whether errors pass discrete units with a slope that grows."""
+        return False
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the error pass needs the loss of each sample: stochastic units learn by their score function."""
         return False
 
     @property

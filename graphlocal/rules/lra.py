@@ -32,6 +32,7 @@ from graphlocal.rules.aligning import (
     require_counts,
     require_local_loss,
     require_positive,
+    require_reduction,
     through_tail,
 )
 from graphlocal.rules.base import Neuron
@@ -44,7 +45,9 @@ class LRAFeedback(AligningRule):
 
     local_loss: `"cauchy"`, `"l2"` or `"l1"`. beta: modulation factor. sigma: standard deviation of E; None is
     1 / sqrt(source features). c1, c2: bounds on the norms of each update and of each sample's displacement, None
-    for none. epsilon: see the module. feedback_share, feedback_total, max_source_features: as in RecLRA.
+    for none. epsilon: see the module. reduction: how the model's loss is reduced over the batch, `"mean"` or `"sum"`
+    (then updates are sums over the batch too, before c1 bounds them). feedback_share, feedback_total,
+    max_source_features: as in RecLRA.
 
     Raises InputError for options out of range.
     """
@@ -59,9 +62,11 @@ class LRAFeedback(AligningRule):
     feedback_total: float = 1.0
     max_source_features: int = 1024
     epsilon: float | None = None
+    reduction: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
         require_local_loss(self)
+        require_reduction(self)
         options = ("beta", "sigma", "c1", "c2", "feedback_share", "feedback_total", "epsilon")
         require_positive(self, options, optional=("sigma", "c1", "c2", "epsilon"))
 
@@ -103,9 +108,11 @@ class LRADiff(AligningRule):
     c1: float | None = 1.0
     c2: float | None = 1.0
     epsilon: float | None = None
+    reduction: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
         require_local_loss(self)
+        require_reduction(self)
         require_counts(self, ("steps",))
         require_positive(self, ("beta", "c1", "c2", "epsilon"), optional=("c1", "c2", "epsilon"))
         if self.epsilon is not None and self.steps > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,7 +24,17 @@ class RecLRA(Rule):
     displacement d = sum_j E_j e_j, target y = phi(h - beta d), error e = z - y, update VJP(e).
 
     depth: 1 wires the output to the blocks of the partition; 2 wires each block's own error to its parts, and
-    so on down to single parametric operations. beta: modulation factor. error_weights: E is `"fixed"`, follows
+    so on down to single parametric operations. inside: how a block that is not entered learns from its error e:
+
+    - `"autograd"`, by its own vector-Jacobian product;
+    - `"recursion"`: every block is entered, whatever `depth` says;
+    - `"hebbian"`, by error times local input: the update of an affine operation with input z_in is mean(e z_inᵀ), where
+      e passes activation functions and normalizations as it is, not times their derivative (a normalization's own
+      weights learn by e times what they multiply). Affine operations one after another hand e down through their
+      weights, and attention, pooling and the like keep their derivatives; so does a block that sends the output's exact
+      error further down, and phi with `derivative`.
+
+    beta: modulation factor. error_weights: E is `"fixed"`, follows
     the forward weights (`"kp"`, mean(z eᵀ)), or takes the paper's `"literal"` update, -gamma mean(d eᵀ), which
     grows without bound under descent. rescale: `"rms"` evaluates the target at a displacement of batch RMS 1
     and gives the error its scale back, so that updates stay proportional to the loss; None is the paper's.
@@ -48,9 +59,14 @@ class RecLRA(Rule):
     max_source_features: int = 1024
     feedback_share: float = 0.25
     feedback_total: float = 1.0
+    inside: Literal["autograd", "recursion", "hebbian"] = "autograd"
 
     def __post_init__(self) -> None:
-        choices = {"error_weights": ("fixed", "kp", "literal"), "rescale": ("rms", None)}
+        choices = {
+            "error_weights": ("fixed", "kp", "literal"),
+            "rescale": ("rms", None),
+            "inside": ("autograd", "recursion", "hebbian"),
+        }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise InputError(f"RecLRA({field}={getattr(self, field)!r})", remedy=f"use one of {allowed}")
@@ -67,6 +83,14 @@ class RecLRA(Rule):
     @property
     def feeds(self) -> Literal["preactivation", "representation"]:
         return "representation" if self.derivative else "preactivation"
+
+    @property
+    def passes_nonlinear(self) -> bool:
+        return self.inside == "hebbian"
+
+    @property
+    def levels(self) -> int:
+        return sys.maxsize if self.inside == "recursion" else self.depth
 
     @property
     def learns_feedback(self) -> bool:
