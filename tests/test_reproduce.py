@@ -40,7 +40,6 @@ def marked(name: str):
     return pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive)
 
 
-@pytest.mark.filterwarnings("ignore:.*running statistics:UserWarning")
 @pytest.mark.parametrize("name", [marked(name) for name in COMMANDS])
 def test_a_command_writes_a_table_of_three_columns_and_its_picture(name, modules, tmp_path, capsys):
     run_tiny(modules, name, tmp_path)
@@ -84,7 +83,7 @@ def test_the_readme_is_what_the_results_make(modules):
     text = readme.README.read_text()
     assert text == readme.render()
     for name in (name for names in readme.PAPERS.values() for name in names):
-        assert f"`python examples/reproduce/{name}.py" in text
+        assert f"{name}.py" in text
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (FOLDER / picture).is_file()
 
@@ -114,3 +113,20 @@ def test_imagenet_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(modules, 
     assert list(whole["model"]) == list(parts["model"])
     for name, value in whole["model"].items():
         assert torch.equal(value, parts["model"][name]), name
+    (tmp_path / "whole" / "local.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(SystemExit, match="damaged, or of another net"):
+        imagenet.main([*common, "--run", str(tmp_path / "whole"), "--epochs", "2"])
+
+
+def test_all_runs_the_commands_and_then_writes_the_readme(modules, tmp_path, monkeypatch, capsys):
+    everything, called = modules("all"), []
+    monkeypatch.setattr(everything, "run", lambda name, options: called.append((name, *options)) or 0)
+    monkeypatch.setattr(everything.readme, "README", tmp_path / "README.md")
+    with pytest.raises(SystemExit) as ended:
+        everything.main(["--quick", "--data-dir", "somewhere", "--only", "lra_null", "imagenet"])
+    assert ended.value.code == 0
+    assert called == [(name, "--quick", "--data-dir", "somewhere") for name in ("lra_null", "imagenet")]
+    assert (tmp_path / "README.md").read_text() == everything.readme.render()
+    with pytest.raises(SystemExit):
+        everything.main(["--only", "imagenet", "lp"])
+    assert called[2:] == [("lp",)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,17 +17,31 @@ import readme
 from graphlocal import files
 
 FOLDER = Path(__file__).parent
+running: list[subprocess.Popen[bytes]] = []
 
 
 def run(name: str, options: Sequence[str]) -> int:
     """Run one command; its progress goes to standard error. Returns its exit status."""
     started = time.perf_counter()
     command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    status = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    running.append(process)
+    status = process.wait()
     said = "" if status == 0 else f", exit status {status}"
     print(f"{name}: {(time.perf_counter() - started) / 60:.1f} minutes{said}", flush=True)
     return status
+
+
+def run_all(names: Sequence[str], options: Sequence[str], jobs: int) -> list[int]:
+    """Run the commands, `jobs` at a time; an interruption stops those that run, and starts no other."""
+    pool = ThreadPoolExecutor(max(1, jobs))
+    try:
+        return list(pool.map(lambda name: run(name, options), names))
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.send_signal(signal.SIGINT)  # of what has ended, this does nothing
+        raise SystemExit(130) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,16 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     quick = ["--quick"] if arguments.quick else []
     data = ["--data-dir", arguments.data_dir] if arguments.data_dir else []
-    pool = ThreadPoolExecutor(max(1, arguments.jobs))
+    # At its full size imagenet.py wants a folder of its own, and days: it is left to be called by itself.
+    names = [name for name in arguments.only if quick or name != "imagenet"]
     started = time.perf_counter()
-    try:
-        # At its full size imagenet.py wants a folder of its own, and days: it is left to be called by itself.
-        names = [name for name in arguments.only if quick or name != "imagenet"]
-        jobs = [pool.submit(run, name, [*quick, *([] if name == "imagenet" else data)]) for name in names]
-        statuses = [job.result() for job in jobs]
-    except KeyboardInterrupt:  # the commands get it too, and write nothing
-        pool.shutdown(cancel_futures=True)
-        raise SystemExit(130) from None
+    statuses = run_all(names, [*quick, *data], arguments.jobs)
     files.write(readme.README, readme.render().encode())
     print(f"{readme.README.name} is written, after {(time.perf_counter() - started) / 60:.1f} minutes")
     raise SystemExit(max(map(abs, statuses), default=0))

@@ -119,12 +119,10 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
         size = replace(size, seeds=arguments.seeds)
     torch.set_num_threads(1)
     try:
-        table = experiment.measure(Run(size, arguments.data_dir, arguments.tiny, arguments.quick))
+        with tables.interruptible():
+            table = experiment.measure(Run(size, arguments.data_dir, arguments.tiny, arguments.quick))
     except GraphLocalError as error:
         raise SystemExit(str(error)) from None
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
     ending = "-tiny" if arguments.tiny else "-quick" if arguments.quick else ""
     print(publish(experiment.name, experiment.title, table, ending, arguments.results))
 

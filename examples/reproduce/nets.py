@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -94,8 +95,10 @@ def fit(
         model, step, data, epochs=epochs, batch_size=setting.batch, seed=seed, on_batch=lambda loss: on_batch(model)
     )
     try:
-        for fitted.history in epochs_run:
-            on_epoch(model)
+        with warnings.catch_warnings():  # `train` recalibrates BatchNorm before it tests
+            warnings.filterwarnings("ignore", message="the running statistics", category=UserWarning)
+            for fitted.history in epochs_run:
+                on_epoch(model)
     except LocalTrainingError:
         fitted.diverged = True
         fitted.history.test_error.append(100 * (1 - 1 / len(data.classes)))

@@ -32,6 +32,16 @@ PAPERS: dict[str, tuple[str, ...]] = {
     "G. Marra and others: Local propagation in constraint-based neural networks, 2020": ("lp",),
     "D. Kostadinov and others: Nonlinear transforms with local propagation": ("nlp",),
 }
+REMARKS = {
+    "lra_depth": "Halting costs no accuracy. That `lra-fdbk` is behind backpropagation at all is due to this start, at "
+    "which gradients reach every layer: random feedback has to bring the weights into line with itself first.",
+    "lra_angle": "Rules with random feedback start at right angles to the gradient and turn towards it while the net "
+    "learns; `lra-diff`, whose targets come from derivatives, is near it from the first step on.",
+    "lra_finetune": "From the small start backpropagation learns nothing in these epochs; after two epochs of LRA it "
+    "learns at once, and ends ahead of LRA alone.",
+    "lra_steps": "Backpropagation leaves the filters as noise; with K the filters get a shape and the error falls.",
+}
+"""What a table shows, or why a number falls short."""
 INTRODUCTION = f"""# The papers' tables, reproduced
 
 This file is written by `python examples/reproduce/all.py` from the tables in [results](results); don't edit it.
@@ -66,6 +76,7 @@ def render(results: Path = RESULTS) -> str:
         for name in names:
             found = [results / f"{name}{ending}.md" for ending in ("", "-quick")]
             parts += [section(path.read_text()) for path in found if path.is_file()]
+            parts += [REMARKS[name]] if name in REMARKS and found[1].is_file() else []
             if not any(path.is_file() for path in found):
                 missing.append(f"`{name}.py`")
     if missing:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,6 +56,16 @@ def write(
     text = f"# {title}\n\n`{command}` ({machine})\n\n{table}\n\n{notes}\n"
     files.write(results / f"{name}.md", text.encode())
     return text
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """An interruption ends the command without a traceback, and before anything is written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def command_line(description: str | None) -> argparse.Namespace:
