@@ -59,6 +59,7 @@ class Run:
     data_dir: str | None = None
     tiny: bool = False
     quick: bool = False
+    device: str = "cpu"
 
     @property
     def seeds(self) -> range:
@@ -66,7 +67,14 @@ class Run:
 
     def data(self, name: str) -> Dataset:
         """The data set at the size asked for; the digits in the tiny run."""
-        return load("digits" if self.tiny else name, self.data_dir, train=self.size.train, test=self.size.test)
+        return self.moved(
+            load("digits" if self.tiny else name, self.data_dir, train=self.size.train, test=self.size.test)
+        )
+
+    def moved(self, data: Dataset) -> Dataset:
+        """The data set on the device that everything runs on."""
+        tensors = {name: value.to(self.device) for name, value in vars(data).items() if isinstance(value, torch.Tensor)}
+        return replace(data, **tensors)
 
     def some(self, items: Sequence[Any], quick: Sequence[Any] | None = None) -> Sequence[Any]:
         """All of them, or `quick` of them; the first one in the tiny run."""
@@ -112,6 +120,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer samples and epochs: minutes")
     parser.add_argument("--tiny", action="store_true", help="one seed, one epoch, a few digits: seconds")
     parser.add_argument("--seeds", type=int, help="how many seeds")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--results", type=Path, default=tables.RESULTS, help="the folder that results are written to")
     arguments = parser.parse_args(argv)
     size = TINY if arguments.tiny else experiment.quick if arguments.quick else experiment.full
@@ -120,7 +129,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     try:
         with tables.interruptible():
-            table = experiment.measure(Run(size, arguments.data_dir, arguments.tiny, arguments.quick))
+            table = experiment.measure(Run(size, arguments.data_dir, arguments.tiny, arguments.quick, arguments.device))
     except GraphLocalError as error:
         raise SystemExit(str(error)) from None
     ending = "-tiny" if arguments.tiny else "-quick" if arguments.quick else ""

@@ -21,7 +21,7 @@ FILTERS = 12
 
 def filters(model: nn.Module) -> Tensor:
     """The first layer's weights as images of 2 dimensions, those of the largest norm first."""
-    weight = next(p for p in model.parameters() if p.dim() == 2).detach()
+    weight = next(p for p in model.parameters() if p.dim() == 2).detach().cpu()
     side = int(weight.shape[1] ** 0.5)
     return weight[weight.norm(dim=1).argsort(descending=True)[:FILTERS]].view(-1, side, side)
 

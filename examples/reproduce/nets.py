@@ -86,7 +86,7 @@ def fit(
 ) -> Fitted:
     """Train a copy of `start` by a rule, or by autograd (None); the same batches for all rules of a seed."""
     torch.manual_seed(seed)
-    model = copy.deepcopy(start)
+    model = copy.deepcopy(start).to(data.train_x.device)
     if rule is not None:
         model = graphlocal.compile(model, example_inputs=(data.train_x[:8],), rule=rule, partition=setting.partition)
     step = step_for(model, setting.optimizer(model.parameters(), setting.lr))

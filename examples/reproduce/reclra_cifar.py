@@ -72,7 +72,8 @@ def measure(run: Run) -> Table:
     if run.tiny:
         data = run.data("digits")
     else:
-        data = load_folder("CIFAR-10 (JPEG)", data_folder(run.data_dir) / "cifar10-jpeg", size.train, size.test)
+        folder = data_folder(run.data_dir) / "cifar10-jpeg"
+        data = run.moved(load_folder("CIFAR-10 (JPEG)", folder, size.train, size.test))
     width, depth = (4, 1) if run.tiny else (16, 1) if run.quick else (64, 4)
     table = Table(("layers of the blocks", "rule"), NOTES.format(width=width, depth=depth, size=run.described(data)))
     best: list[tuple[float, str, str]] = []
@@ -80,7 +81,7 @@ def measure(run: Run) -> Table:
 
         def make(kind: str = kind, data: Dataset = data) -> nn.Module:
             model = ResidualNet(data.train_x.shape[1], len(data.classes), width, depth)
-            return perturbed(model, data.train_x[:8]) if kind == "perturbative" else model
+            return perturbed(model, data.train_x[:8].cpu()) if kind == "perturbative" else model
 
         run.say(kind)
         true = test_error(run, make, None, SETTING, data)

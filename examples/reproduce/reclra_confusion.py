@@ -23,7 +23,7 @@ def confusion(model: nn.Module, data: Dataset) -> Tensor:
     model.eval()
     with torch.no_grad():
         found = model(data.test_x).argmax(1)
-    return torch.bincount(data.test_y * classes + found, minlength=classes**2).view(classes, classes)
+    return torch.bincount(data.test_y * classes + found, minlength=classes**2).view(classes, classes).cpu()
 
 
 def precision(matrix: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def hidden(model: nn.Module, x: Tensor) -> Tensor:
     net = plain(model).eval()
     assert isinstance(net, nn.Sequential)
     with torch.no_grad():
-        return net[:-1](x)
+        return net.to(x.device)[:-1](x)
 
 
 def plane(codes: Tensor) -> Tensor:
@@ -31,13 +31,13 @@ def plane(codes: Tensor) -> Tensor:
     from sklearn.manifold import TSNE
 
     tsne = TSNE(perplexity=min(30, len(codes) // 4), init="pca", random_state=0)
-    return torch.from_numpy(tsne.fit_transform(codes.numpy()))
+    return torch.from_numpy(tsne.fit_transform(codes.cpu().numpy()))
 
 
 def drawn(codes: dict[str, Tensor], data: Dataset) -> Figure:
     """One panel for each of the codes, coloured by class."""
     picture = figure(4 * len(codes) + 1.4, 4)
-    labels = data.test_y[:SHOWN]
+    labels = data.test_y[:SHOWN].cpu()
     for axes, (name, values) in zip(picture.subplots(1, len(codes)), codes.items(), strict=True):
         points = plane(values)
         for number, label in enumerate(data.classes):
