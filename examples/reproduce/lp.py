@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from tables import NOT_AT_HAND, command_line, mean_std, mlp, write
+from tables import NOT_AT_HAND, command_line, interruptible, mean_std, mlp, write
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -106,4 +106,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible():
+        main()

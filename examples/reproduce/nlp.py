@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from tables import NOT_AT_HAND, command_line, mean_std, mlp, write
+from tables import NOT_AT_HAND, command_line, interruptible, mean_std, mlp, write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -131,4 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible():
+        main()

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from graphlocal import files
 
 RESULTS = Path(__file__).parent / "results"
 NOT_AT_HAND = "not at hand"
@@ -28,21 +33,39 @@ def mlp(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def mean_std(values: Sequence[float]) -> str:
+def mean_std(values: Sequence[float], digits: int = 1) -> str:
     """`80.1 ± 0.4`, with the sample's standard deviation."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def write(name: str, title: str, command: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: str) -> str:
-    """Write results/`name`.md, and return its text."""
+def write(
+    name: str,
+    title: str,
+    command: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: str,
+    results: Path = RESULTS,
+) -> str:
+    """Write results/`name`.md, whole or not at all, and return its text."""
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    machine = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread"
+    took = time.process_time()  # others may use the machine too
+    machine = f"{took / 60:.1f} minutes of one core, {platform.machine()}, torch {torch.__version__}"
     text = f"# {title}\n\n`{command}` ({machine})\n\n{table}\n\n{notes}\n"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text)
+    files.write(results / f"{name}.md", text.encode())
     return text
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """An interruption ends the command without a traceback, and before anything is written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def command_line(description: str | None) -> argparse.Namespace:

@@ -1,0 +1,88 @@
+"""README.md of this folder, made of the tables in results/. `python examples/reproduce/readme.py` writes it anew."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tables import NOT_AT_HAND, RESULTS
+
+from graphlocal import files
+
+README = Path(__file__).parent / "README.md"
+PAPERS: dict[str, tuple[str, ...]] = {
+    "A. Ororbia, A. Mali, D. Kifer, C. L. Giles: Conducting credit assignment by aligning local representations "
+    "(LRA), 2018, arXiv 1803.01834": (
+        "lra_steps",
+        "lra_initialisation",
+        "lra_null",
+        "lra_discrete",
+        "lra_depth",
+        "lra_angle",
+        "lra_finetune",
+    ),
+    "A. Ororbia, A. Mali, D. Kifer, C. L. Giles: Backpropagation-free deep learning with recursive local "
+    "representation alignment (rec-LRA), AAAI 2023": (
+        "reclra_mnist",
+        "reclra_cifar",
+        "reclra_confusion",
+        "reclra_tsne",
+        "imagenet",
+    ),
+    "G. Marra and others: Local propagation in constraint-based neural networks, 2020": ("lp",),
+    "D. Kostadinov and others: Nonlinear transforms with local propagation": ("nlp",),
+}
+REMARKS = {
+    "lra_depth": "Halting costs no accuracy. That `lra-fdbk` is behind backpropagation at all is due to this start, at "
+    "which gradients reach every layer: random feedback has to bring the weights into line with itself first.",
+    "lra_angle": "Rules with random feedback start at right angles to the gradient and turn towards it while the net "
+    "learns; `lra-diff`, whose targets come from derivatives, is near it from the first step on.",
+    "lra_finetune": "From the small start backpropagation learns nothing in these epochs; after two epochs of LRA it "
+    "learns at once, and ends ahead of LRA alone.",
+    "lra_steps": "Backpropagation leaves the filters as noise; with K the filters get a shape and the error falls.",
+}
+"""What a table shows, or why a number falls short."""
+INTRODUCTION = f"""# The papers' tables, reproduced
+
+This file is written by `python examples/reproduce/all.py` from the tables in [results](results); don't edit it.
+
+```
+python examples/reproduce/all.py --quick --data-dir DIR      # everything, small; --jobs 2 runs two at a time
+python examples/reproduce/lra_null.py --quick --data-dir DIR # one table, small
+python examples/reproduce/lra_null.py --data-dir DIR         # the same on all samples and for more epochs: hours
+```
+
+DIR holds `MNIST/raw` and `FashionMNIST/raw` as `torchvision.datasets.MNIST(DIR, download=True)` lays them out, and
+`cifar10-jpeg` with `train/CLASS/*.jpg` and `test/CLASS/*.jpg`. `imagenet.py --data-dir FOLDER` takes any folder with
+`train/CLASS` and `val/CLASS`; its `--quick` makes one up.
+
+Every table has three columns: the paper's number, ours, and backpropagation's here, with the same net, start, batches
+and optimizer; mean ± standard deviation over the seeds. "{NOT_AT_HAND}" stands where the paper's number could not be
+looked up when the table was made. The small size trains on fewer samples and for fewer epochs than the papers do, so
+compare the last two columns with each other.
+"""
+
+
+def section(text: str) -> str:
+    """One file of results/, with its title two levels lower and its picture's path from here."""
+    return re.sub(r"\]\((?=[\w-]+\.png\))", "](results/", text.strip()).replace("# ", "### ", 1)
+
+
+def render(results: Path = RESULTS) -> str:
+    """The whole file."""
+    parts, missing = [INTRODUCTION.strip()], []
+    for paper, names in PAPERS.items():
+        parts.append(f"## {paper}")
+        for name in names:
+            found = [results / f"{name}{ending}.md" for ending in ("", "-quick")]
+            parts += [section(path.read_text()) for path in found if path.is_file()]
+            parts += [REMARKS[name]] if name in REMARKS and found[1].is_file() else []
+            if not any(path.is_file() for path in found):
+                missing.append(f"`{name}.py`")
+    if missing:
+        parts.append("Not measured yet: " + ", ".join(missing) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    files.write(README, render().encode())
