@@ -204,10 +204,10 @@ def _simplify(graph: fx.Graph) -> None:
     """Take out what vmap leaves behind: views that change nothing, and numbers made into tensors."""
     for node in [n for n in graph.nodes if n.op == "call_function"]:
         source = node.args[0] if node.args else None
-        if (node.target is aten._to_copy.default and isinstance(source, (int, float))) or (
-            node.target in VIEWS and isinstance(source, fx.Node) and _alike(node, source)
-        ):
-            node.replace_all_uses_with(source)
+        number = node.target is aten._to_copy.default and isinstance(source, (int, float))
+        view = node.target in VIEWS and isinstance(source, fx.Node) and _alike(node, source)
+        if number or view:
+            node.replace_all_uses_with(source)  # type: ignore[arg-type]
     simplify(graph)
 
 
