@@ -33,9 +33,9 @@ def compile(
     skip_errors: further skip-error connections, (source, target), by subgraph name; a source may be "output".
     target: how the training graph is run: "lowered" to ATen operators without autograd, for each shape of the inputs;
     "batched", lowered, with the updates of subgraphs of one structure stacked into one computation (equal to
-    rounding); "inductor", lowered and compiled by torch.compile (the first steps take long); "streams", lowered and on several
-    threads (on a GPU: CUDA streams) at a time; "eager", subgraph by subgraph with autograd inside; "auto" chooses
-    between eager and lowered, and stacks the updates of many small subgraphs where that pays.
+    rounding); "inductor", lowered and compiled by torch.compile (the first steps take long); "streams", lowered and
+    on several threads (on a GPU: CUDA streams) at a time; "eager", subgraph by subgraph with autograd inside; "auto"
+    chooses between eager and lowered, and stacks the updates of many small subgraphs where that pays.
     streams: how many actions may run at one time, with target="streams"; by default 2 on a CPU, 4 on a GPU.
 
     Raises InputError, TraceError, PartitionError or VerifyError; the model is then left as it was.

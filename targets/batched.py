@@ -192,22 +192,22 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No warning where vmap runs an operator once for each member: whether that pays is decided later."""
-    known = torch._C._debug_only_are_vmap_fallback_warnings_enabled()
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(False)
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(known)
+        functorch._set_vmap_fallback_warning_enabled(True)  # torch's default; there is no way to ask
 
 
 def _simplify(graph: fx.Graph) -> None:
     """Take out what vmap leaves behind: views that change nothing, and numbers made into tensors."""
     for node in [n for n in graph.nodes if n.op == "call_function"]:
         source = node.args[0] if node.args else None
-        if node.target is aten._to_copy.default and isinstance(source, (int, float)):
+        number = node.target is aten._to_copy.default and isinstance(source, (int, float))
+        view = node.target in VIEWS and isinstance(source, fx.Node) and _alike(node, source)
+        if number or view:
             node.replace_all_uses_with(source)  # type: ignore[arg-type]
-        elif node.target in VIEWS and isinstance(source, fx.Node) and _alike(node, source):
-            node.replace_all_uses_with(source)
     simplify(graph)
 
 

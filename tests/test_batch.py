@@ -180,7 +180,7 @@ def test_labels_of_actions():
 
 
 def test_auto_stacks_many_small_layers_and_leaves_few_or_large_ones():
-    x, small, large = torch.randn(8, 16), deep(20, target="auto"), deep(4, target="auto")
+    x, small, few = torch.randn(8, 16), deep(20, target="auto"), deep(4, target="auto")
     for local in (small, few):
         for _ in range(2):
             cross_entropy(local(x), torch.randint(3, (8,))).backward()
