@@ -206,6 +206,8 @@ def _assembled(recording: _Recording, traced: fx.GraphModule) -> TrainingGraph:
     given = [graph.placeholder(node.name) for node in source.graph.find_nodes(op="placeholder")[:-2]]
     for i in recording.tensors:
         copied[next(placeholders)] = given[i]
+    for old, new in copied.items():
+        new.meta["val"] = old.meta["val"]
     loss, _ = graph.placeholder("loss"), graph.placeholder("retain", default_value=False)
     *operators, last = [node for node in traced.graph.nodes if node.op != "placeholder"]
     outputs, *gradients = pytree.tree_unflatten(list(last.args[0]), recording.spec)
@@ -219,6 +221,7 @@ def _assembled(recording: _Recording, traced: fx.GraphModule) -> TrainingGraph:
             value = node.meta["val"]
             error = graph.call_function(operator.getitem, (errors, node.meta["error"]))
             copied[node] = graph.call_function(laid_out, (error, _strides(value), value.dtype))
+            copied[node].meta["val"] = value
         elif node.op == "get_attr":
             lifted.register_buffer(str(node.target), attribute(traced, str(node.target)))
             copied[node] = graph.get_attr(f"lifted.{node.target}")
