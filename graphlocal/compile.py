@@ -23,6 +23,7 @@ def compile(
     skip_errors: Iterable[tuple[str, str]] = (),
     target: str = "auto",
     streams: int | None = None,
+    recompute: bool | Iterable[str] = False,
 ) -> LocalModule:
     """Turn a model into one that learns locally: the same model, trained in place, with any loss and optimizer.
 
@@ -37,6 +38,8 @@ def compile(
     on several threads (on a GPU: CUDA streams) at a time; "eager", subgraph by subgraph with autograd inside; "auto"
     chooses between eager and lowered, and stacks the updates of many small subgraphs where that pays.
     streams: how many actions may run at one time, with target="streams"; by default 2 on a CPU, 4 on a GPU.
+    recompute: True, or globs of subgraphs, such as ["layer1.*"]: they keep what they read and nothing of their
+    interior, which is worked out again at their update; the same numbers from less memory and more time.
 
     Raises InputError, TraceError, PartitionError or VerifyError; the model is then left as it was.
     """
@@ -52,8 +55,20 @@ def compile(
             why="they have no values, and tracing runs the model",
             remedy="call model.to_empty(device='cpu') and initialize or load its weights first",
         )
-    options = Options(find(rule), partition, _pairs(skip_errors), _streams(model, target, streams), target)
+    options = Options(find(rule), partition, _pairs(skip_errors), _streams(model, target, streams), target,
+                      _recompute(recompute))  # fmt: skip
     return LocalModule(model, example_inputs, options)
+
+
+def _recompute(recompute: bool | Iterable[str]) -> bool | tuple[str, ...]:
+    if isinstance(recompute, bool):
+        return recompute
+    globs = () if isinstance(recompute, str) or not isinstance(recompute, Iterable) else tuple(recompute)
+    if not globs or not all(isinstance(glob, str) for glob in globs):
+        raise InputError(
+            f"recompute is {recompute!r}", remedy='pass True, or a list of globs of subgraphs, such as ["layer1.*"]'
+        )
+    return globs
 
 
 MOST_STREAMS = 1024

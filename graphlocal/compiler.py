@@ -33,6 +33,7 @@ from graphlocal.stored import StoredModel
 from graphlocal.targets.bodies import twin_name
 from graphlocal.targets.decoders import bias_name
 from graphlocal.targets.eager import emit
+from graphlocal.targets.emit_recompute import chosen
 from graphlocal.targets.engines import ENGINES, Engine
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.halting import CreditDepth
@@ -50,6 +51,7 @@ class Options:
     """What a user asks of the compiler.
 
     streams: actions that the schedule may run at one time. target: what runs the training graph.
+    recompute: subgraphs whose interior is not kept but worked out again at their update, as globs; True for all.
     """
 
     rule: Rule
@@ -57,6 +59,7 @@ class Options:
     skip_errors: tuple[tuple[str, str], ...] = ()
     streams: int = 1
     target: str = "auto"
+    recompute: bool | tuple[str, ...] = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +104,18 @@ class Compiled:
     @cached_property
     def passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The training graph cut at the loss: forward pass and error pass."""
-        return split(self.training)
+        return split(self._emitted(fused=False) if self.recomputed else self.training)
 
     @cached_property
     def fused_passes(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The same, handing every gradient over as soon as it is complete."""
-        rule, weights = self.options.rule, self.error_weights
-        return split(emit(self.graph, self.traced, self.model, rule, weights, True, self.depth, self.fits))
+        return split(self._emitted(fused=True))
+
+    def _emitted(self, fused: bool) -> TrainingGraph:
+        return emit(
+            self.graph, self.traced, self.model, self.options.rule, self.error_weights, fused, self.depth, self.fits,
+            self.recomputed,
+        )  # fmt: skip
 
     @cached_property
     def run_passes(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -120,6 +128,11 @@ class Compiled:
         """`fused_passes`, as functions without overhead."""
         forward, error = self.fused_passes
         return flatten(forward), flatten(error)
+
+    @cached_property
+    def recomputed(self) -> frozenset[str]:
+        """The names of the subgraphs whose interior is not kept. Raises InputError for a glob without a match."""
+        return chosen(self.graph, self.options.rule, self.options.recompute)
 
     @property
     def rule(self) -> Rule:
@@ -228,6 +241,7 @@ def finish(
     """What runs a scheduled graph; new feedback maps are added to `error_weights`."""
     _add_feedback(graph, options.rule, model, error_weights)
     depth = CreditDepth()
+    chosen(graph, options.rule, options.recompute)
     scheduled = options.rule.engine == "schedule"
     training = emit(graph, traced, model, options.rule, error_weights, depth=depth) if scheduled else None
     return Compiled(model, options, traced, graph, records, training, error_weights, depth)

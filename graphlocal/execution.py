@@ -18,6 +18,7 @@ from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
+from graphlocal.targets.recompute import recompute
 from graphlocal.targets.stacking import ALL, GPU, Stacking
 from graphlocal.targets.streams import streamed
 from graphlocal.targets.training_graph import TrainingGraph, split
@@ -111,7 +112,7 @@ class Execution:
         return self._passes.get(key)
 
     def _lower(self, leaves: Sequence[Any], fused: bool) -> Passes:
-        lowered = lower(self.compiled.training, leaves, self.taken)
+        lowered = self.lowered(leaves)
         plain = self._passes_of(lowered)
         self._require_equal(plain, leaves)
         if self.target in ("auto", "batched"):
@@ -119,6 +120,16 @@ class Execution:
         if self.target == "inductor":
             return self._by_inductor(lowered, fused)
         return self._passes_of(with_updates(lowered)) if fused else plain
+
+    def lowered(self, leaves: Sequence[Any]) -> TrainingGraph:
+        """The lowered training graph, without the values that the error pass works out again.
+
+        Raises NotLowered where there is none.
+        """
+        graph = self.compiled.graph
+        again = [graph.number[name] for name in self.compiled.recomputed]
+        lowered = lower(self.compiled.training, leaves, self.taken)
+        return recompute(lowered, again, apart=self.target == "streams")
 
     def _batched(self, lowered: TrainingGraph, plain: Passes, leaves: Sequence[Any]) -> tuple[TrainingGraph, Passes]:
         """The lowered graph and its passes with updates stacked, where that is possible and pays."""

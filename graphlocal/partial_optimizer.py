@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,35 @@ class PartialOptimizer:
         finally:
             for parameter, gradient in zip(self.parameters, before, strict=True):
                 parameter.grad = gradient
+
+
+TOGETHER = 100_000
+"""Gradients with fewer numbers than this wait for each other: one call of the optimizer costs as much as they do."""
+
+
+class Gathering:
+    """`apply(names, gradients)` for an error pass: hands gradients on as soon as there are `enough` numbers of them."""
+
+    def __init__(self, hand_on: Callable[[tuple[str, ...], tuple[Tensor | None, ...]], None], enough: int) -> None:
+        self.hand_on, self.enough = hand_on, enough
+        self.waiting: dict[str, Tensor | None] = {}
+        self.count = 0
+
+    def __call__(self, names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
+        for name, gradient in zip(names, gradients, strict=True):
+            self.waiting[name] = gradient
+            if gradient is not None:
+                self.count += gradient.numel()
+        if self.count >= self.enough:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand on all that waits."""
+        names, gradients = tuple(self.waiting), tuple(self.waiting.values())
+        self.waiting.clear()
+        self.count = 0
+        if names:
+            self.hand_on(names, gradients)
 
 
 def _hooked(optimizer: Optimizer) -> bool:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from graphlocal import units
@@ -13,6 +14,8 @@ from graphlocal.compiler import Compiled, Options, build
 from graphlocal.errors import InputError
 from graphlocal.ir import LocalGraph
 from graphlocal.measured import Measured, measure
+from graphlocal.memory import Memory, OptimizerClass
+from graphlocal.memory import memory as memory_of
 from graphlocal.passes import pipelines
 from graphlocal.passes.cost import KINDS, Device, Key, Sizes, roofline
 from graphlocal.passes.pipelines import Link, balanced, device_name
@@ -26,7 +29,8 @@ class Plan:
     """The simulated schedules. place: the device of each subgraph, in order.
 
     timelines: by name, `local`, `gpipe` and `1f1b`. one_device: seconds of a step of `local` and of `backprop` on one
-    device with one microbatch. measured: the times that the plan was made from, None for the roofline.
+    device with one microbatch. measured: the times that the plan was made from, None for the roofline. memory: what a
+    step of the whole batch on one device needs, if it was asked for.
     """
 
     graph: LocalGraph
@@ -35,6 +39,7 @@ class Plan:
     timelines: Mapping[str, Timeline]
     one_device: Mapping[str, float]
     measured: Measured | None = None
+    memory: Memory | None = None
 
     @property
     def devices(self) -> list[str]:
@@ -51,7 +56,8 @@ class Plan:
         lines += ["", *self._table(), ""]
         for name, timeline in self.timelines.items():
             lines += [f"{name}:", *(f"  {row}" for row in grid(timeline, self.devices)), ""]
-        return "\n".join(lines + self._notes())
+        lines += self._notes()
+        return "\n".join([*lines, "", str(self.memory)] if self.memory else lines)
 
     def _table(self) -> list[str]:
         rows = [["schedule", "step", "bubble", "moved", "speed-up"]]
@@ -85,7 +91,7 @@ def _members(plan: Plan, device: int) -> str:
 def plan(
     local: LocalModule, devices: int = 8, bandwidth: str | float = "10Gb", latency: str | float = "5us",
     streams: int = 1, microbatches: int = 8, *, flops: str | float = "1T", memory: str | float = "100GB",
-    measured: bool = False,
+    measured: bool = False, peak: bool = False, optimizer: OptimizerClass = torch.optim.Adam,
 ) -> Plan:  # fmt: skip
     """Simulate a training step of a compiled model on several devices, for the batch of its example inputs.
 
@@ -93,7 +99,8 @@ def plan(
     device's link to the others, per second (`10Gb` gigabits, `10GB` gigabytes). streams: actions that a device runs at
     one time, each at full speed, which is an upper bound. microbatches: parts that the batch is cut into.
     flops, memory: a device's rates of arithmetic and memory traffic, for the roofline; measured: time every action,
-    and backpropagation's, once on this machine instead.
+    and backpropagation's, once on this machine instead. peak: predict and measure the memory of a step on one device
+    too, with an `optimizer` that is made from a list of parameters.
 
     Raises InputError for numbers and units that make no sense, NotLowered if a model can't be measured.
     """
@@ -118,7 +125,8 @@ def plan(
     for name in ("gpipe", "1f1b"):
         timelines[name] = simulate(pipelines.backprop(graph, place, exact, microbatches, link, sizes, name))
     alone = {"local": sum(costs.values()), "backprop": sum(exact.values())}
-    return Plan(graph, tuple(place), microbatches, timelines, alone, found)
+    needs = memory_of(local.compiled, optimizer) if peak else None
+    return Plan(graph, tuple(place), microbatches, timelines, alone, found, needs)
 
 
 def _dims(local: LocalModule) -> dict[str, int]:

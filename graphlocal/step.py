@@ -12,16 +12,13 @@ from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.goals import ClassCodes
-from graphlocal.partial_optimizer import PartialOptimizer
+from graphlocal.partial_optimizer import TOGETHER, Gathering, PartialOptimizer
 from graphlocal.rules import Rule
 from graphlocal.runtime import LocalModule, require_finite, update_norms
 from graphlocal.targets.nodes import StepCall
 
 ERROR_WEIGHTS = "error_weights."
 """What the names of the feedback maps start with."""
-
-TOGETHER = 100_000
-"""Gradients with fewer numbers than this wait for each other: one call of the optimizer costs as much as they do."""
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -95,17 +92,10 @@ class TrainStep:
                 return self._run_engine(leaves, spec, y, index)
             compiled, run = self.local._forward_pass(leaves, spec, fused=True)
             loss, errors = self._loss(compiled, run.outputs, y)
+            run.outputs = []
         norms: dict[str, Tensor] = {}
-        waiting: dict[str, Tensor | None] = {}
 
-        def apply(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
-            waiting.update(zip(names, gradients, strict=True))
-            if sum(g.numel() for g in waiting.values() if g is not None) >= TOGETHER:
-                flush()
-
-        def flush() -> None:
-            names, gradients = tuple(waiting), tuple(waiting.values())
-            waiting.clear()
+        def update(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
             if self.local.check_finite:
                 found = update_norms(names, gradients)
                 norms.update((name, norm) for name, norm in found.items() if not name.startswith(ERROR_WEIGHTS))
@@ -114,9 +104,9 @@ class TrainStep:
         with torch.no_grad():
             rule = self.local.options.rule
             labels = (y,) if rule.needs_labels else (self._losses,) if rule.needs_losses else ()
+            apply = Gathering(update, TOGETHER)
             run.error_pass(errors, apply, labels=labels)
-            if waiting:
-                flush()
+            apply.flush()
             require_finite(compiled, errors, norms)
         return loss
 

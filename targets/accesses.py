@@ -59,10 +59,22 @@ def _access(node: fx.Node, known: dict[fx.Node, Access], training: TrainingGraph
     if not isinstance(node.target, torch._ops.OpOverload):
         return Access(read, frozenset(), read | own)  # may hand on what it was given
     written = _written(node, known)
-    if torch.Tag.nondeterministic_seeded in node.target.tags:
+    if _draws(node):
         written |= {"random numbers"}
     shares = node.target in VIEWS or any(r.alias_info is not None for r in node.target._schema.returns)
     return Access(read, frozenset(written), read if shares else own)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers; attention does so for its dropout alone."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+            return bool(given != 0)
+    return True
 
 
 def _written(node: fx.Node, known: dict[fx.Node, Access]) -> set[str]:

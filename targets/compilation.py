@@ -46,6 +46,9 @@ class Compilation(Protocol):
     def calibrates(self) -> bool: ...
 
     @property
+    def recomputed(self) -> frozenset[str]: ...
+
+    @property
     def run_passes(self) -> tuple[Callable[..., Any], Callable[..., Any]]: ...
 
     @property

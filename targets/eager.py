@@ -34,6 +34,7 @@ from graphlocal.targets.bodies import (
 from graphlocal.targets.decoders import bias_name
 from graphlocal.targets.emit_fit import Fitting
 from graphlocal.targets.emit_halting import Halting
+from graphlocal.targets.emit_recompute import Recomputation
 from graphlocal.targets.emit_reread import Rereads
 from graphlocal.targets.emitter import Emitter
 from graphlocal.targets.equilibrium import emit_relaxation
@@ -76,15 +77,17 @@ def emit(
     fused: bool = False,
     depth: CreditDepth | None = None,
     fits: LocalGraph | None = None,
+    recompute: frozenset[str] = frozenset(),
 ) -> TrainingGraph:
     """The training graph of a scheduled graph.
 
     error_weights: holds the feedback maps, under `weight_names(graph)`. fused: hand each gradient to a further
     argument `apply(names, gradients)` as soon as it is complete, instead of returning them all. depth: takes note of
     how far errors go, if the rule lets samples stop. fits: a graph with the same subgraphs, whose fitted feedback maps
-    are fitted to this one's gradients.
+    are fitted to this one's gradients. recompute: subgraphs that keep what they read, and run again for their update.
     """
-    return _Training(graph, traced, model, rule, error_weights, fused, depth or CreditDepth(), fits).emit()
+    depth = depth or CreditDepth()
+    return _Training(graph, traced, model, rule, error_weights, fused, depth, fits, recompute).emit()
 
 
 class _Training(Emitter):
@@ -92,14 +95,13 @@ class _Training(Emitter):
 
     def __init__(
         self, graph: LocalGraph, traced: TracedModel, model: nn.Module, rule: Rule, error_weights: nn.Module,
-        fused: bool, depth: CreditDepth, fits: LocalGraph | None,
+        fused: bool, depth: CreditDepth, fits: LocalGraph | None, recompute: frozenset[str],
     ) -> None:  # fmt: skip
         super().__init__(graph, traced, model, rule, error_weights, fused)
         self.rereads = Rereads(self) if rule.rereads else None
         self.halting = None if rule.halting is None else Halting(self, depth)
         self.fitting = None if fits is None else Fitting(self, fits)
-        self.slope: fx.Node | None = None  # with which errors pass discrete units
-        self.scores: dict[str, list[str]] = {}  # of each subgraph: the scores of its stochastic units
+        self.recomputation = Recomputation(self, recompute)
         self.last_user = {
             name: subgraph.name for subgraph in self._update_order() for name in graph.trainable(subgraph)
         }
@@ -160,7 +162,8 @@ class _Training(Emitter):
         inputs = [self.seen[value] for value in (*subgraph.inputs, *sizes_read(self.graph, subgraph))]
         twins = [self.twin(name) for name in twins_read(self.graph, subgraph)]
         slope = [] if self.slope is None else [self.slope]
-        result = self.call_module(f"F{number}", body, *inputs, *map(self.attribute, subgraph.states), *twins, *slope)
+        runs = self.recomputation.forward(subgraph, body)
+        result = self.call_module(f"F{number}", runs, *inputs, *map(self.attribute, subgraph.states), *twins, *slope)
         names = [*(output.value for output in subgraph.outputs), *preactivations(subgraph)]
         scored = scored_units(self.graph, subgraph, self.rule)
         names += [score_name(unit) for unit in scored]
@@ -212,6 +215,7 @@ class _Training(Emitter):
         return super().feedback(connection, error, factors)
 
     def _displace(self, subgraph: Subgraph) -> None:
+        self.recomputation.repeat(subgraph)
         feeds: list[tuple[fx.Node, fx.Node]] = []
         outputs = {output.value: output for output in subgraph.outputs}
         for value in self.graph.neuron[subgraph.name].values:

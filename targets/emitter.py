@@ -41,6 +41,8 @@ class Emitter:
         self.attributes: dict[str, fx.Node] = {}
         self.seen: dict[str, fx.Node] = {}  # values as their readers see them: inputs, sizes, cut-off z
         self.attached: dict[str, fx.Node] = {}  # z and h with their subgraph's autograd history
+        self.slope: fx.Node | None = None  # with which errors pass discrete units
+        self.scores: dict[str, list[str]] = {}  # of each subgraph: the scores of its stochastic units
         self.errors: dict[str, fx.Node] = {}  # of each value, in the units of the loss
         self.feeds: dict[str, list[tuple[fx.Node, fx.Node]]] = {}  # of each subgraph: (output, its error)
         self.messages: dict[str, fx.Node] = {}  # of each vjp connection

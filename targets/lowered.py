@@ -205,9 +205,9 @@ def _assembled(recording: _Recording, traced: fx.GraphModule) -> TrainingGraph:
         copied[next(placeholders)] = graph.get_attr(name)
     given = [graph.placeholder(node.name) for node in source.graph.find_nodes(op="placeholder")[:-2]]
     for i in recording.tensors:
-        placeholder = next(placeholders)
-        copied[placeholder] = given[i]
-        given[i].meta["val"] = placeholder.meta["val"]
+        copied[next(placeholders)] = given[i]
+    for old, new in copied.items():
+        new.meta["val"] = old.meta["val"]
     loss, _ = graph.placeholder("loss"), graph.placeholder("retain", default_value=False)
     *operators, last = [node for node in traced.graph.nodes if node.op != "placeholder"]
     outputs, *gradients = pytree.tree_unflatten(list(last.args[0]), recording.spec)

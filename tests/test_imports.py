@@ -23,7 +23,7 @@ FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphloca
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"arguments", "data", "files", "goals", "guards", "ir", "preserve", "source", "units"}),
+    frozenset({"arguments", "data", "files", "goals", "guards", "ir", "live_memory", "preserve", "source", "units"}),
     frozenset({"text", "verify"}),
     frozenset({"cost", "feedback", "fitting", "partial_optimizer", "sample_store", "statistics_lag"}),
     frozenset({"nn", "unrolled", "normalize", "opaque", "selfcheck"}),
@@ -33,7 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"passes"}),
     frozenset({"targets"}),
     frozenset({"execution"}),
-    frozenset({"compiler", "measured"}),
+    frozenset({"compiler", "measured", "memory"}),
     frozenset({"artefact"}),
     frozenset({"runtime"}),
     frozenset({"compile", "load"}),

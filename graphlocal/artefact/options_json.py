@@ -30,6 +30,7 @@ def options_document(options: Options, graph: LocalGraph) -> dict[str, Any]:
         "skip_errors": [list(pair) for pair in options.skip_errors],
         "streams": options.streams,
         "target": options.target,
+        **({"recompute": options.recompute} if options.recompute else {}),
     }
 
 
@@ -68,9 +69,9 @@ def read_options(doc: Doc, rule: Rule | None, partition: Callable[[Operation], s
 
     Raises FileFormatError, and InputError if a rule that is not graphlocal's own is stored and none is given.
     """
-    stored_rule, stored_partition, skip_errors, streams, target = doc.fields(
-        "rule", "partition", "skip_errors", "streams", "target"
-    )
+    recomputes = isinstance(doc.value, dict) and "recompute" in doc.value  # left out by older versions, and where False
+    names = ("rule", "partition", "skip_errors", "streams", "target", *(["recompute"] if recomputes else []))
+    stored_rule, stored_partition, skip_errors, streams, target, *recompute = doc.fields(*names)
     pairs = []
     for pair in skip_errors.array():
         ends = [end.text() for end in pair.array(2)]
@@ -84,7 +85,12 @@ def read_options(doc: Doc, rule: Rule | None, partition: Callable[[Operation], s
         tuple(pairs),
         streams.number(1, 1024),
         target.one_of(TARGETS),
+        _read_recompute(recompute[0]) if recompute else False,
     )
+
+
+def _read_recompute(doc: Doc) -> bool | tuple[str, ...]:
+    return doc.flag() if isinstance(doc.value, bool) else tuple(glob.text() for glob in doc.array())
 
 
 def _read_partition(doc: Doc) -> Policy:

@@ -22,6 +22,8 @@ def plan(
     flops: Annotated[str, typer.Option(help="A device's rate of arithmetic, such as 19.5T.")] = "1T",
     memory: Annotated[str, typer.Option(help="A device's rate of memory traffic, such as 1.6TB.")] = "100GB",
     measured: Annotated[bool, typer.Option("--measured", help="Time every action on this machine instead.")] = False,
+    peak: Annotated[bool, typer.Option("--peak", help="Predict and measure the memory of a step, too.")] = False,
+    recompute: Annotated[str, typer.Option(help="Subgraphs that keep less: globs between commas, * for all.")] = "",
 ) -> None:  # fmt: skip
     """Simulate a training step on several devices, beside backpropagation's pipelines GPipe and 1F1B.
 
@@ -29,9 +31,10 @@ def plan(
     """
     local = graphlocal.compile(
         load_model(model, set), example_inputs=example_inputs(input), rule=make_rule(rule, depth),
-        partition=parse_partition(partition),
+        partition=parse_partition(partition), recompute=recompute.split(",") if recompute else False,
     )  # fmt: skip
     found = graphlocal.plan(
-        local, devices, bandwidth, latency, streams, microbatches, flops=flops, memory=memory, measured=measured
-    )
+        local, devices, bandwidth, latency, streams, microbatches, flops=flops, memory=memory, measured=measured,
+        peak=peak,
+    )  # fmt: skip
     console.print(str(found), markup=False)

@@ -1,0 +1,93 @@
+"""How many bytes of tensors live at one time, counted on any device.
+
+Only what operators return is seen: workspaces inside of a kernel, and memory that an allocator keeps in reserve, are
+not counted. `torch.cuda.max_memory_allocated` counts the former on a GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class LiveMemory(TorchDispatchMode):
+    """While open, counts the bytes of all storages that operators of this thread make.
+
+    now, peak: bytes, over what lived before; a tensor that was there and is freed meanwhile does not count.
+    history: `now` after each operator that made or freed something, if `keep` is set.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.peak: int = 0
+        self.history: list[int] | None = [] if keep else None
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self._see(value, new=False)
+        result = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._see(value, new=True)
+        return result
+
+    def _see(self, tensor: Tensor, new: bool) -> None:
+        if tensor.layout is not torch.strided:
+            for part in _parts(tensor):
+                self._see(part, new)
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if new else 0
+        self._known[key] = weakref.ref(storage, self._forget(key, size))
+        if size:
+            self._count(size)
+
+    def _forget(self, key: int, size: int) -> Callable[[Any], None]:
+        def forget(_: Any) -> None:
+            if self._known.pop(key, None) is not None and size:
+                self._count(-size)
+
+        return forget
+
+    def _count(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        if self.history is not None:
+            self.history.append(self.now)
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense tensors that a sparse one consists of."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    return ()
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that live at one time while `function` runs, over what lived before.
+
+    On a CUDA device by its allocator, elsewhere by `LiveMemory`.
+    """
+    if device.type != "cuda":
+        with LiveMemory() as memory:
+            function()
+        peak: int = memory.peak
+        return peak
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device) - before)
