@@ -1,13 +1,15 @@
 """Feedback maps: how an error of one shape becomes a displacement of another.
 
 The map E acts on features. Axes that both values have (the batch, and positions such as tokens where both
-have them) are kept; the source's other positions are summed, and the target's others share one displacement.
+have them) are kept; the source's other positions are summed, and the target's others share one displacement. Where E
+is *whole* at an end, it has a number for each feature and each of these other positions instead.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -20,7 +22,8 @@ from graphlocal.ir import Connection, Dim, LocalGraph
 class Layout:
     """The shapes of one connection's ends. axis: the feature axis, equal to the rank if it is implied.
 
-    shared: pairs (source axis, target axis) of positions that both ends have, in order.
+    shared: pairs (source axis, target axis) of positions that both ends have, in order. whole_source: E reads every
+    position of the source by itself. whole_target: the sizes of the target's own positions, if E writes each by itself.
     """
 
     source_rank: int
@@ -28,6 +31,8 @@ class Layout:
     target_rank: int
     target_axis: int
     shared: tuple[tuple[int, int], ...]
+    whole_source: bool = False
+    whole_target: tuple[int, ...] = ()
 
     def apply(self, factors: Sequence[Tensor], error: Tensor, target: Tensor) -> Tensor:
         """E e, laid out like `target` (its shape and dtype).
@@ -38,6 +43,8 @@ class Layout:
         message = self._gathered(error.to(factors[0].dtype))
         for factor in reversed(factors):
             message = torch.nn.functional.linear(message, factor)
+        if self.whole_target:
+            return self._placed(message).to(target.dtype)
         implied = self.target_axis == self.target_rank
         for axis in self._missing:
             message = message.unsqueeze(axis)
@@ -62,7 +69,21 @@ class Layout:
             error = error.unsqueeze(-1)
         if self.source_axis < self.source_rank - 1:
             error = error.movedim(self.source_axis, -1)
-        return error.sum(self._summed) if self._summed else error
+        if not self._summed:
+            return error
+        if self.whole_source:
+            kept = error.dim() - 1 - len(self._summed)
+            return error.movedim(self._summed, list(range(kept + 1, error.dim()))).flatten(kept)
+        return error.sum(self._summed)
+
+    def _placed(self, message: Tensor) -> Tensor:
+        """A message with (features x the target's own positions) as its last axis, laid out like the target."""
+        kept = message.dim() - 1
+        message = message.unflatten(-1, (-1, *self.whole_target)).movedim(kept, -1)
+        message = message.movedim([kept + i for i in range(len(self._missing))], self._missing)
+        if self.target_axis == self.target_rank:
+            return message.squeeze(-1)
+        return message.movedim(-1, self.target_axis)
 
     @cached_property
     def _summed(self) -> list[int]:
@@ -93,14 +114,43 @@ def _without(axis: int, removed: int) -> int:
 
 
 def layout(graph: LocalGraph, connection: Connection) -> Layout:
-    """The layout of a feedback connection: positions are matched in order by their size or symbol."""
+    """The layout of a feedback connection: positions are matched in order by their size or symbol.
+
+    E is whole at an end where it has more sizes than the end has features.
+    """
     source, target = graph.type(connection.source_value), graph.type(connection.value)
     assert source is not None
     assert target is not None
     source_axis = graph.representation[connection.source_value].axis
     target_axis = graph.representation[connection.value].axis
     shared = _match(source.shape, source_axis, target.shape, target_axis)
-    return Layout(len(source.shape), source_axis, len(target.shape), target_axis, shared)
+    found = Layout(len(source.shape), source_axis, len(target.shape), target_axis, shared)
+    own_source, own_target = own_positions(graph, connection.source_value, connection.value)
+    if connection.weight[0] == _size(target.shape, target_axis) * math.prod(own_target) and math.prod(own_target) > 1:
+        found = replace(found, whole_target=own_target)
+    whole = connection.weight[-1] == _size(source.shape, source_axis) * math.prod(own_source)
+    return replace(found, whole_source=whole and math.prod(own_source) > 1)
+
+
+def own_positions(graph: LocalGraph, source_value: str, value: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes of the positions of a connection's source and target that the other end does not have.
+
+    () for an end with a position whose size changes from batch to batch, where no E can have a number for each.
+    """
+    ends = [(graph.type(v), graph.representation[v].axis) for v in (source_value, value)]
+    shapes = [known.shape for known, _ in ends if known is not None]
+    shared = _match(shapes[0], ends[0][1], shapes[1], ends[1][1])
+    found = []
+    for end, (shape, (_, axis)) in enumerate(zip(shapes, ends, strict=True)):
+        own = [size for i, size in enumerate(shape) if i != axis and all(i != pair[end] for pair in shared)]
+        found.append(tuple(size for size in own if isinstance(size, int)))
+        if len(found[-1]) < len(own):
+            found[-1] = ()
+    return found[0], found[1]
+
+
+def _size(shape: tuple[Dim, ...], axis: int) -> Dim:
+    return shape[axis] if axis < len(shape) else 1
 
 
 def _match(

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from graphlocal.feedback import Layout, cotangent_update
 from graphlocal.fitting import WindowLayout
-from graphlocal.ir import LocalGraph, Subgraph
+from graphlocal.ir import LocalGraph, Operation, Subgraph
 from graphlocal.rules import Neuron, Rule
 from graphlocal.targets.group_norm import group_norm
 from graphlocal.targets.twins import LINEAR, through_twin
@@ -62,31 +62,43 @@ def subgraph_body(
                     copied[attribute] = body.get_attr(target)
         if node.op == "call_module":
             attributes[str(node.target)] = source.get_submodule(str(node.target))
-        x = node.args[0] if node.args else None
-        before = copied[x] if name in passed and isinstance(x, fx.Node) else None
-        if before is not None:
-            copied[x] = body.call_function(detached, (before,))
-        if node.target is torch.ops.aten.group_norm.default:
-            arguments = fx.map_arg((node.args, dict(node.kwargs)), copied.__getitem__)
-            copied[node] = body.call_function(group_norm, *arguments)
-        else:
-            copied[node] = _with_twins(body, node, copied, twins)
-        if before is not None:
-            copied[x], copied[node] = before, body.call_function(pass_input, (copied[node], before))
+        copied[node] = _copy(body, node, copied, twins, name in passed)
         unit = graph.operation[name]
         if unit.discrete_of:
-            f, sign = copied[nodes[unit.discrete_of.removeprefix("-")]], -1 if unit.discrete_of.startswith("-") else 1
-            squashing = squashing_of(graph, unit) if slope is not None else ""
+            f = copied[nodes[unit.discrete_of.removeprefix("-")]]
             if name in scored:
                 scores.append(body.call_function(log_probability, (copied[node], f)))
-            elif squashing:
-                copied[node] = body.call_function(pass_with_slope, (copied[node], f, sign, squashing, slope))
             else:
-                copied[node] = body.call_function(pass_by, (copied[node], f, sign))
+                copied[node] = _past_unit(body, graph, unit, copied[node], f, slope)
     z = [copied[nodes[output.value]] for output in subgraph.outputs]
     h = [copied[nodes[name]] for name in preactivations(subgraph)]
     body.output((*z, *h, *scores))
     return fx.GraphModule(attributes, body, class_name="Subgraph")
+
+
+def _copy(
+    body: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node], twins: dict[fx.Node, fx.Node], passed: bool
+) -> fx.Node:
+    """A copy of the node. passed: errors go past it to its first argument, as they are."""
+    if passed and isinstance(node.args[0], fx.Node):
+        x = copied[node.args[0]]
+        cut = {**copied, node.args[0]: body.call_function(detached, (x,))}
+        return body.call_function(pass_input, (_copy(body, node, cut, twins, False), x))
+    if node.target is torch.ops.aten.group_norm.default:
+        arguments = fx.map_arg((node.args, dict(node.kwargs)), copied.__getitem__)
+        return body.call_function(group_norm, *arguments)
+    return _with_twins(body, node, copied, twins)
+
+
+def _past_unit(
+    body: fx.Graph, graph: LocalGraph, unit: Operation, result: fx.Node, f: fx.Node, slope: fx.Node | None
+) -> fx.Node:
+    """The result of a discrete unit g(f), whose error goes to f, with the slope of what squashes f if one is given."""
+    sign = -1 if unit.discrete_of.startswith("-") else 1
+    squashing = squashing_of(graph, unit) if slope is not None else ""
+    if squashing:
+        return body.call_function(pass_with_slope, (result, f, sign, squashing, slope))
+    return body.call_function(pass_by, (result, f, sign))
 
 
 def _with_twins(

@@ -70,6 +70,13 @@ def test_04_shows_the_updates_move_to_parallel_streams():
     assert re.search(r"^ +5  U4 +D3 +D2 +D1$", text, re.M)
 
 
+def test_05_reconstructs_images():
+    text = output("05_autoencoder.py")
+    errors = {name: float(e) for name, e in re.findall(r"^test error of (.+) (\d\.\d+)$", text, re.M)}
+    assert errors.keys() == {"the mean image", "backprop", "rec-lra"}
+    assert errors["rec-lra"] < 0.6 * errors["the mean image"]
+
+
 def test_a_rule_of_your_own_fits_below_40_lines():
     assert len((ROOT / "examples" / "03_own_rule.py").read_text().splitlines()) < 40
 

@@ -45,6 +45,13 @@ class RecLRA(Rule):
     and all of them together no more than `feedback_total`; an E
     that would becomes the product of two factors of the rank that fits (`print(local.graph)` shows it).
 
+    positions: an E between values of unlike positions (from logits to a map of H x W, from an image to a code) is
+    `"shared"` by them: the source's are summed, and the target's get one displacement. `"own"` gives E numbers for each
+    position, C·H·W of them, within the same bounds.
+
+    Auto-association: a loss between the output and the input, nothing else. The error of an output with a squashing
+    tail is read before it, so that a sigmoid under binary cross-entropy sends p - x.
+
     Raises InputError for options out of range.
     """
 
@@ -60,12 +67,14 @@ class RecLRA(Rule):
     feedback_share: float = 0.25
     feedback_total: float = 1.0
     inside: Literal["autograd", "recursion", "hebbian"] = "autograd"
+    positions: Literal["shared", "own"] = "shared"
 
     def __post_init__(self) -> None:
         choices = {
             "error_weights": ("fixed", "kp", "literal"),
             "rescale": ("rms", None),
             "inside": ("autograd", "recursion", "hebbian"),
+            "positions": ("shared", "own"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -97,7 +106,8 @@ class RecLRA(Rule):
         return self.error_weights != "fixed"
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
-        return skip_errors_from_output(graph, self.max_source_features, self.feedback_share, self.feedback_total)
+        whole = self.positions == "own"
+        return skip_errors_from_output(graph, self.max_source_features, self.feedback_share, self.feedback_total, whole)
 
     def local_error(self, neuron: Neuron, displacement: Tensor) -> Tensor:
         if self.rescale is None:

@@ -9,27 +9,36 @@ from dataclasses import replace
 import networkx as nx
 
 from graphlocal.errors import InputError
-from graphlocal.feedback import shared_map
+from graphlocal.feedback import own_positions, shared_map
 from graphlocal.ir import LABELS, Connection, LocalGraph, Subgraph
 from graphlocal.rules.base import features, loss_connections, reversed_data_edges, vjp_connections
 from graphlocal.verify import learning_values
 
 
 def skip_errors_from_output(
-    graph: LocalGraph, max_source_features: int, share: float = 0.25, total: float = 1.0
+    graph: LocalGraph, max_source_features: int, share: float = 0.25, total: float = 1.0, whole: bool = False
 ) -> tuple[Connection, ...]:
     """The loss's exact paths, and skip-errors from where they end to everything below, down the partition tree.
 
     An output with more features than `max_source_features`, or with a number of features that changes from batch to
     batch, sends its error through its own exact derivative. share: of the model's trainable parameters, the most
     that one E may hold; total: that all may hold together. An E that would hold more becomes the product of two
-    factors of the rank that fits. A value made of parameters alone (`weights.softmax(0)`) is a parameter of those that
-    read it: their own derivatives are its error.
+    factors of the rank that fits. whole: E has numbers of its own for positions. A value made of parameters alone
+    (`weights.softmax(0)`) is a parameter of those that read it: their own derivatives are its error.
     """
     exact, sources = _exact_paths(graph, max_source_features)
     wired = _wired(graph, exact)
     skip_errors = _skip_errors(graph, sources, graph.subgraphs, 0, wired)
+    if whole:
+        skip_errors = [_whole(graph, connection) for connection in skip_errors]
     return (*exact, *_bounded(graph, skip_errors, share, total))
+
+
+def _whole(graph: LocalGraph, connection: Connection) -> Connection:
+    """The connection with an E that is whole at both ends."""
+    source, target = own_positions(graph, connection.source_value, connection.value)
+    rows, columns = connection.weight
+    return replace(connection, weight=(rows * math.prod(target), columns * math.prod(source)))
 
 
 def feedback_along_data(

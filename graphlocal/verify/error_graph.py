@@ -196,12 +196,24 @@ def _message_shapes(graph: LocalGraph) -> Iterator[Broken]:
         if connection.kind == "feedback":
             ends = (connection.value, connection.source_value)
             wanted = tuple(_features(graph, value) for value in ends)
-            if wanted != (connection.weight[0], connection.weight[-1]):
+            if not all(map(_fits, (graph,) * 2, ends, (connection.weight[0], connection.weight[-1]))):
                 yield Broken(
                     f"the connection {connection_label(connection)} needs an E of "
                     f"{wanted[0]}x{wanted[1]}, the features of "
                     + " and ".join(f"{value!r}, {type_label(graph.type(value))}" for value in ends)
                 )
+
+
+def _fits(graph: LocalGraph, value: str, size: int) -> bool:
+    """Whether an E of that size at a value has a number for each feature, or each feature at some of the positions."""
+    features, known = _features(graph, value), graph.type(value)
+    if not isinstance(features, int) or known is None:
+        return False
+    axis, products = graph.representation[value].axis, {features}
+    for i, positions in enumerate(known.shape):
+        if i != axis and isinstance(positions, int):
+            products |= {product * positions for product in products}
+    return size in products
 
 
 def _features(graph: LocalGraph, value: str) -> Dim:
