@@ -225,3 +225,21 @@ def test_slope_and_baseline_are_saved_and_go_on(estimator, tmp_path):
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
         Backprop(**options)
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "slope-annealed"])
+def test_recomputed_subgraphs_estimate_the_same(estimator):
+    """The second run of a subgraph draws the same units, and their scores and slopes count as in the first."""
+    x, y = torch.randn(5, 2, dtype=DOUBLE), torch.tensor([0, 1, 2, 1, 0])
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = Tiny().double()
+        local = graphlocal.compile(model, example_inputs=x, rule=Backprop(estimator=estimator), recompute=recompute)
+        step = graphlocal.train_step(local, LOSSES if estimator == "reinforce" else F.cross_entropy,
+                                     torch.optim.SGD(model.parameters(), 0.1))  # fmt: skip
+        for _ in range(3):
+            step(x, y)
+        found.append([p.detach().clone() for p in model.parameters()])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=0, atol=0)
