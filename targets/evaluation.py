@@ -297,7 +297,7 @@ def _require_plain(traced: TracedModel, graph: LocalGraph) -> None:
     if has_guards(traced.module):
         raise InputError(
             f"{graph.name} was recorded, and its graph holds only for data that take the recorded path",
-            why="its control flow depends on the data; a file with the operators would compute wrong values for other data",
+            why="its control flow depends on the data; on other data the recorded operators compute wrong values",
             remedy="write it with tensor operations (torch.where instead of if)",
         )
 
