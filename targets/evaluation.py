@@ -314,7 +314,7 @@ def marked(evaluation: Evaluation, graph: LocalGraph, mark: Callable[[Any, str],
 
         def read(value: fx.Node, reader: str = reader) -> fx.Node:
             maker = makers.get(value.name, reader)
-            if maker == reader or not isinstance(value.meta.get("val"), Tensor):
+            if maker == reader or graph.type(value.name) is None:  # not one tensor
                 return copied[value]
             if value not in outside:  # made for its first reader: by then no write to it is outstanding
                 outside[value] = result.call_function(mark, (copied[value], value.name))

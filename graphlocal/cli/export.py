@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from torch.nn.functional import cross_entropy
 
 import graphlocal
-from graphlocal.cli.options import Depth, Inputs, Model, PartitionText, RuleName, Settings, console, make_rule
+from graphlocal.cli.compiled import compiled_model
+from graphlocal.cli.options import Depth, Inputs, ModelOrFile, PartitionText, RuleName, Settings, console
 from graphlocal.cli.train import OPTIMIZERS
 from graphlocal.errors import InputError
-from graphlocal.model_spec import example_inputs, load_model, parse_partition
 from graphlocal.targets.torch_export import SUFFIX
 
 
 def export(
-    model: Model, input: Inputs = [], set: Settings = [], rule: RuleName = "rec-lra",  # noqa: B006
+    model: ModelOrFile, input: Inputs = [], set: Settings = [], rule: RuleName = "rec-lra",  # noqa: B006
     partition: PartitionText = "auto", depth: Depth = 1,
     onnx: Annotated[Path | None, typer.Option(help="Write one ONNX file, each subgraph a function in it.")] = None,
     split: Annotated[Path | None, typer.Option(help="Write one ONNX file a subgraph into this folder.")] = None,
@@ -47,12 +47,9 @@ def export(
         raise InputError(f"--onnx {onnx}", remedy=f"{SUFFIX} is the suffix of --torch-export")
     if optimizer not in OPTIMIZERS:
         raise InputError(f"unknown optimizer {optimizer!r}", remedy=f"use one of {', '.join(OPTIMIZERS)}")
-    built = load_model(model, set)
+    local = compiled_model(model, input, set, rule, partition, depth)
     if weights is not None:
-        _load(built, weights)
-    local = graphlocal.compile(
-        built, example_inputs=example_inputs(input), rule=make_rule(rule, depth), partition=parse_partition(partition)
-    )
+        _load(local.original, weights)
     if onnx is not None:
         console.print(str(local.export(onnx, check=check)), markup=False)
     if split is not None:
@@ -61,16 +58,17 @@ def export(
         console.print(str(local.export(torch_export, check=check)), markup=False)
     if training_step is not None:
         options = {"loss_fn": cross_entropy, "optimizer": OPTIMIZERS[optimizer](local.parameters(), lr)}
-        y = _labels(local, example_inputs(input))
+        y = _labels(local)
         written = local.export(training_step, kind="training-step", y=y, check=check, **options)
         console.print(str(written), markup=False)
 
 
-def _labels(local: graphlocal.LocalModule, inputs: Any) -> torch.Tensor:
+def _labels(local: graphlocal.LocalModule) -> torch.Tensor:
     """Example labels for cross-entropy: classes along axis 1 of the output."""
     local.eval()
     with torch.no_grad():
-        output = local(**inputs) if isinstance(inputs, dict) else local(*inputs)
+        inputs = local.compiled.traced.arguments
+        output = local(*inputs.args, **inputs.kwargs)
     local.train()
     if not isinstance(output, torch.Tensor) or output.dim() < 2:
         raise InputError(
