@@ -65,7 +65,7 @@ dist: $(VENV)/.test $(PAGE)/vendor
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) $(PAGE)/vendor $(PAGE)/node_modules $(BROWSER)/vendor build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PAGE)/vendor $(PAGE)/node_modules $(BROWSER)/vendor tests/vendor build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Set-up, once: a stamp in .venv is newer than what it was made from.

@@ -143,7 +143,7 @@ class LocalModule(nn.Module):
         return self._recompile(list(last.traced.arguments.leaves), last.traced.arguments.spec, set(last.traced.dynamic))
 
     def export(self, path: str | Path, kind: str = "model", **options: Any) -> Any:
-        """Write the model for other tools: `graphlocal.targets.onnx`, and `.torch_export` for .pt2, have kinds and options.
+        """Write the model for other tools; `targets.onnx`, and `targets.torch_export` for .pt2, have kinds and options.
 
         kind="training-step" writes the whole training step: loss_fn=, optimizer=, and y=, example labels.
         """

@@ -297,7 +297,7 @@ def _require_plain(traced: TracedModel, graph: LocalGraph) -> None:
     if has_guards(traced.module):
         raise InputError(
             f"{graph.name} was recorded, and its graph holds only for data that take the recorded path",
-            why="its control flow depends on the data; a file with the operators would compute wrong values for other data",
+            why="its control flow depends on the data; on other data the recorded operators compute wrong values",
             remedy="write it with tensor operations (torch.where instead of if)",
         )
 
@@ -314,7 +314,7 @@ def marked(evaluation: Evaluation, graph: LocalGraph, mark: Callable[[Any, str],
 
         def read(value: fx.Node, reader: str = reader) -> fx.Node:
             maker = makers.get(value.name, reader)
-            if maker == reader or not isinstance(value.meta.get("val"), Tensor):
+            if maker == reader or graph.type(value.name) is None:  # not one tensor
                 return copied[value]
             if value not in outside:  # made for its first reader: by then no write to it is outstanding
                 outside[value] = result.call_function(mark, (copied[value], value.name))

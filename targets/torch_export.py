@@ -7,8 +7,9 @@
     step = torch.export.load("step.pt2").module()       # loss = step(x, y, lr); its buffers are all that it changes
 
 Neither needs graphlocal. The state dict of the model is that of the user's own; the step's buffers have the names of
-`local.state_dict()`, and `optimizer.exp_avg.fc.weight`. Each operator of the model names its subgraph and its operation
-in `meta["custom"]`, and the extra file `graphlocal.json` holds the partition and the error graph.
+`local.state_dict()`, and `optimizer.exp_avg.fc.weight`. Each operator of the model, but for those on sizes, names its
+subgraph and its operation in `meta["custom"]`, and the extra file `graphlocal.json` holds the partition and the error
+graph.
 
 In the archive the graph is JSON and a tensor raw bytes. torch pickles sample inputs, tensors of subclasses, and custom
 objects: the first are left out, the others refused, and what was written is looked through. `torch.export.load` does
@@ -32,7 +33,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from graphlocal.arguments import Arguments
+from graphlocal.arguments import Arguments, Binder
 from graphlocal.errors import InputError
 from graphlocal.files import write
 from graphlocal.ir import LocalGraph
@@ -78,9 +79,9 @@ def export_model(
     arguments = traced.arguments
     open_ = [_open_axes(item.type.shape) if item.type else None for item in graph.inputs]
     args, kwargs = pytree.tree_unflatten(open_, arguments.spec)
-    dynamic = dict(inspect.signature(_Evaluating.forward).bind(None, *args, **kwargs).arguments)
-    del dynamic["self"]
-    program = _exported(_Evaluating(found), arguments.args, arguments.kwargs, dynamic)
+    signature = Binder(model).signature
+    dynamic = dict(signature.bind(*args, **kwargs).arguments) if any(open_) else None
+    program = _exported(_Evaluating(found, signature), arguments.args, arguments.kwargs, dynamic)
     content = archive(program, {"kind": "model", "graph": to_document(graph)})
     distance = _distance(content, found, arguments) if check else None
     write(path, content)
@@ -118,21 +119,22 @@ def export_step(
 
 
 class _Evaluating(nn.Module):
-    """The graph of a model, called and with its tensors named as the model is."""
+    """The graph of a model, called as the model is, with its tensors under the model's names."""
 
-    def __init__(self, found: Evaluation) -> None:
+    def __init__(self, found: Evaluation, signature: inspect.Signature) -> None:
         super().__init__()
         self._parameters.update(found.module._parameters)
         self._buffers.update(found.module._buffers)
         self._modules.update(found.module._modules)
-        self._found = (found,)  # in a tuple, so that its module is none of this one's
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        (found,) = self._found
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        with preserve_node_meta():
-            outputs = fx.Interpreter(self, graph=found.module.graph).run(*tensors)
-        return found.calls[0].unflatten(outputs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            with preserve_node_meta():
+                outputs = fx.Interpreter(self, graph=found.module.graph).run(*tensors)
+            return found.calls[0].unflatten(outputs)
+
+        forward.__signature__ = signature  # type: ignore[attr-defined]  # inspect looks for it
+        self.forward = forward
 
 
 class _Training(nn.Module):
@@ -209,7 +211,7 @@ def archive(program: Any, about: dict[str, Any]) -> bytes:
     if pickled:
         raise InputError(
             f"torch would pickle {', '.join(pickled)}", why="a file of graphlocal holds no pickle",
-            remedy="make it a plain tensor: of no subclass, and no object of C++",
+            remedy="keep random generators out of the loss, and tensors of subclasses out of the model",
         )  # fmt: skip
     return buffer.getvalue()
 

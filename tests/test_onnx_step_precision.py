@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_onnx_step import Batches, adam, distance, next_token, of_tokens, of_vectors, pair, slow_sgd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +15,6 @@ import graphlocal
 import zoo
 from graphlocal.targets.onnx.trainer import OnnxTrainer
 from graphlocal.targets.onnx.training_step import recorded
-from test_onnx_step import Batches, adam, distance, next_token, of_tokens, of_vectors, pair, sgd
 
 PICTURES = of_vectors(2, 8, 8)
 
@@ -86,6 +86,7 @@ def follows_float32(
 ) -> tuple[float, OnnxTrainer]:
     """The largest difference of a loss: the float16 step in ONNX Runtime, torch in float32 from the same start."""
     x, y = batches(0, 3)
+    torch.manual_seed(0)
     half = graphlocal.compile(make().half(), example_inputs=(halved(x),), rule=rule)
     half.export(path, kind="training-step", loss_fn=loss, optimizer=optimizer(half), y=y)
     start = {key: value.float() if value.is_floating_point() else value for key, value in half.state_dict().items()}
@@ -133,7 +134,7 @@ HALVES = {
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("optimizer", [sgd, adam])
+@pytest.mark.parametrize("optimizer", [slow_sgd, adam])
 @pytest.mark.parametrize("name", HALVES)
 def test_float16_follows_float32(name: str, optimizer: Any, tmp_path: Path) -> None:
     loss = next_token if name == "language_model" else F.cross_entropy
@@ -141,4 +142,4 @@ def test_float16_follows_float32(name: str, optimizer: Any, tmp_path: Path) -> N
     largest, trainer = follows_float32(make, optimizer, HALVES[name], tmp_path / "a.onnx", loss)
     print(f"{name} {optimizer.__name__}: largest difference {largest:.1e}")
     assert {v.dtype for v in trainer.model_state().values() if v.is_floating_point()} == {torch.float16}
-    assert largest < 3e-2
+    assert largest < 2e-2

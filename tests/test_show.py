@@ -111,37 +111,49 @@ def attribute(node: dict[str, Any], key: str) -> str:
     return next(a["value"] for a in node["attrs"] if a["key"] == key)
 
 
-def mermaid_script() -> Path | None:
-    """Mermaid as one script: in the folder of the variable MERMAID, or in the checkout's node_modules."""
-    folders = [os.environ.get("MERMAID", ""), ROOT / "node_modules" / "mermaid"]
-    scripts = (Path(folder) / "dist" / "mermaid.min.js" for folder in folders if folder)
-    return next((script for script in scripts if script.is_file()), None)
-
-
+MERMAID = ROOT / "tests" / "vendor" / "mermaid.tiny.js"
+"""Mermaid as one script, from the page's package lock; `make test` puts it there, where there is npm."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(mermaid_script() is None, reason="npm's mermaid is not there; MERMAID=.../node_modules/mermaid")
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_mermaid_parses_every_flowchart() -> None:
+needs_mermaid = pytest.mark.skipif(
+    CHROMIUM is None or not MERMAID.is_file(),
+    reason="Chromium or tests/vendor is not there: make examples/browser/vendor",
+)
+
+
+def in_mermaid(texts: dict[str, str], draw: str) -> tuple[dict[str, str], str]:
+    """What Mermaid takes each text for (an error, if it is none of its), and the words of one that it draws."""
     playwright = pytest.importorskip("playwright.sync_api")
-    texts = {f"{name} {o}": mermaid(compiled(name), operations=o) for name in MODELS for o in (False, True)}
-    texts |= {"odd": mermaid(odd(mlp())), "odd, opened": mermaid(odd(mlp()), operations=True)}
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
-        page.add_script_tag(path=mermaid_script())
+        page.add_script_tag(path=MERMAID)
         page.evaluate("mermaid.initialize({startOnLoad: false, maxEdges: 9999, maxTextSize: 999999})")
         parse = "text => mermaid.parse(text).then(found => found.diagramType, error => String(error))"
         found = {name: page.evaluate(parse, text) for name, text in texts.items()}
-        drawn = page.evaluate("text => mermaid.render('odd', text).then(found => found.svg)", texts["odd"])
-        page.set_content(drawn)
-        shown = page.locator("svg").text_content()
+        page.set_content(page.evaluate("text => mermaid.render('drawn', text).then(found => found.svg)", texts[draw]))
+        words = page.locator("svg").text_content()
         browser.close()
-    assert found == dict.fromkeys(texts, "flowchart-v2")
-    assert "<b>" in shown
-    assert '"q"' in shown
+    return found, words
+
+
+@needs_mermaid
+@pytest.mark.parametrize("names", [FAST[2:4], pytest.param(tuple(MODELS), marks=pytest.mark.exhaustive)], ids=len)
+def test_mermaid_parses_every_flowchart(names: tuple[str, ...]) -> None:
+    texts = {
+        f"{name} {opened}": mermaid(compiled(name), operations=opened) for name in names for opened in (False, True)
+    }
+    texts |= {
+        "odd": mermaid(odd(mlp())),
+        "odd, opened": mermaid(odd(mlp()), operations=True),
+        "none": "flowchart LR; [",
+    }
+    found, words = in_mermaid(texts, "odd")
+    assert "Parse error" in found.pop("none")
+    assert set(found.values()) == {"flowchart-v2"}
+    assert "<b>" in words
+    assert '"q"' in words
 
 
 # Golden texts

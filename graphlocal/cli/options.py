@@ -16,6 +16,9 @@ from graphlocal.rules import RecLRA, Rule, find
 console = Console(highlight=False, soft_wrap=True)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="module:callable, such as torchvision.models:resnet18")]
+ModelOrFile = Annotated[
+    str, typer.Argument(metavar="MODEL", help="module:callable, such as torchvision.models:resnet18, or a file.local.")
+]
 Inputs = Annotated[list[str], typer.Option(
     "--input", help="An example input: SHAPE (8x3x64x64), dtype:SHAPE<HIGH (int64:8x16<1000), or name=... ; repeat.",
 )]  # fmt: skip

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 import graphlocal
-from graphlocal.cli.options import Depth, Inputs, Model, PartitionText, RuleName, Settings, console, make_rule
-from graphlocal.model_spec import example_inputs, load_model, parse_partition
+from graphlocal.cli.compiled import compiled_model
+from graphlocal.cli.options import Depth, Inputs, ModelOrFile, PartitionText, RuleName, Settings, console
 
 
 def plan(
-    model: Model, input: Inputs = [], set: Settings = [], rule: RuleName = "rec-lra",  # noqa: B006
+    model: ModelOrFile, input: Inputs = [], set: Settings = [], rule: RuleName = "rec-lra",  # noqa: B006
     partition: PartitionText = "auto", depth: Depth = 1,
     devices: Annotated[int, typer.Option(min=1, help="Devices to spread the subgraphs over.")] = 8,
     bandwidth: Annotated[str, typer.Option(help="Of a device's link: 10Gb (bits a second), 1GB (bytes).")] = "10Gb",
@@ -29,10 +29,7 @@ def plan(
 
     Example: graphlocal plan torchvision.models:resnet18 --input 32x3x64x64 --devices 8 --bandwidth 10Gb
     """
-    local = graphlocal.compile(
-        load_model(model, set), example_inputs=example_inputs(input), rule=make_rule(rule, depth),
-        partition=parse_partition(partition), recompute=recompute.split(",") if recompute else False,
-    )  # fmt: skip
+    local = compiled_model(model, input, set, rule, partition, depth, recompute)
     found = graphlocal.plan(
         local, devices, bandwidth, latency, streams, microbatches, flops=flops, memory=memory, measured=measured,
         peak=peak,

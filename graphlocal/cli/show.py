@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-import graphlocal
-from graphlocal.cli.options import Depth, Inputs, Model, PartitionText, RuleName, Settings, console, make_rule, write
+from graphlocal.cli.compiled import compiled_model
+from graphlocal.cli.options import Depth, Inputs, ModelOrFile, PartitionText, RuleName, Settings, console, write
 from graphlocal.errors import InputError
-from graphlocal.model_spec import example_inputs, load_model, parse_partition
 from graphlocal.targets.show import render
 
 DRAWINGS = frozenset({".svg", ".dot", ".mmd", ".graphml"})
@@ -23,7 +22,7 @@ def _file(option: str, what: str) -> typer.models.OptionInfo:
 
 
 def show(
-    model: Model, input: Inputs = [], set: Settings = [], rule: RuleName = "rec-lra",  # noqa: B006
+    model: ModelOrFile, input: Inputs = [], set: Settings = [], rule: RuleName = "rec-lra",  # noqa: B006
     partition: PartitionText = "auto", depth: Depth = 1,
     html: Annotated[Path | None, _file("--html", "a page to explore it, without network,")] = None,
     svg: Annotated[Path | None, _file("--svg", "an SVG (needs Graphviz)")] = None,
@@ -49,10 +48,7 @@ def show(
         raise InputError(
             "--operations and --errors are for drawings", remedy="add --svg, --dot, --mermaid or --graphml"
         )
-    local = graphlocal.compile(
-        load_model(model, set), example_inputs=example_inputs(input), rule=make_rule(rule, depth),
-        partition=parse_partition(partition),
-    )  # fmt: skip
+    local = compiled_model(model, input, set, rule, partition, depth)
     drawn = {
         path: render(
             local.graph, format, **({"operations": operations, "errors": errors} if format in DRAWINGS else {})

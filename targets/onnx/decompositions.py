@@ -138,9 +138,7 @@ def batch_norm_no_stats(
     return batch_norm_functional(x, weight, bias, None, None, True, momentum, eps)[:3]
 
 
-def layer_norm(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Any:
+def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
     """Of half precision: in float32 throughout, as ONNX's LayerNormalization gives mean and inverse deviation."""
     if x.dtype not in _HALVES:
         return NotImplemented

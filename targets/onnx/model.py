@@ -14,12 +14,12 @@ from torch import nn
 
 from graphlocal.errors import InputError
 from graphlocal.ir import LocalGraph
+from graphlocal.targets.evaluation import evaluation
 from graphlocal.targets.onnx.comparison import check as check_file
 from graphlocal.targets.onnx.comparison import compare, session
 from graphlocal.targets.onnx.convert import Converted, convert
 from graphlocal.targets.onnx.cut import Cut, Piece
 from graphlocal.targets.onnx.cut import cut as cut_into_pieces
-from graphlocal.targets.evaluation import evaluation
 from graphlocal.targets.onnx.files import put_files, save, workplace
 from graphlocal.targets.onnx.functions import DOMAIN, call, function, set_metadata
 from graphlocal.text import actions_to_text, to_text

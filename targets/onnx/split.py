@@ -25,12 +25,12 @@ from torch import nn
 
 from graphlocal.errors import InputError
 from graphlocal.ir import LocalGraph
+from graphlocal.targets.evaluation import evaluation
 from graphlocal.targets.onnx.comparison import check as check_file
 from graphlocal.targets.onnx.comparison import compare, session
 from graphlocal.targets.onnx.convert import convert
 from graphlocal.targets.onnx.cut import Cut, Piece
 from graphlocal.targets.onnx.cut import cut as cut_into_pieces
-from graphlocal.targets.evaluation import evaluation
 from graphlocal.targets.onnx.files import put_folder, save, workplace
 from graphlocal.targets.onnx.functions import description, set_metadata, subgraph_metadata
 from graphlocal.targets.onnx.model import IR_VERSION, Exported, value_info, with_states

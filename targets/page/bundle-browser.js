@@ -1,4 +1,5 @@
-// Copies ONNX Runtime for WebAssembly into examples/browser/vendor/, whole or not at all.
+// Copies ONNX Runtime for WebAssembly into examples/browser/vendor/, whole or not at all, and Mermaid, by which a test
+// parses flowcharts, into tests/vendor/.
 import { cpSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 
@@ -18,4 +19,6 @@ const note = "Copyright (c) Microsoft Corporation. The packages carry no file wi
 writeFileSync(`${vendor}.part/LICENSES.txt`, `${licences.join("\n")}\n${note}\n`);
 rmSync(vendor, { recursive: true, force: true });
 renameSync(`${vendor}.part`, vendor);
+mkdirSync("../../tests/vendor", { recursive: true });
+cpSync("node_modules/@mermaid-js/tiny/dist/mermaid.tiny.js", "../../tests/vendor/mermaid.tiny.js");
 rmSync("node_modules", { recursive: true, force: true });

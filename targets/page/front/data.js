@@ -37,6 +37,8 @@ function short(number) {
   return unit ? `${digits} ${unit}` : `${Number.isInteger(number) ? number : Number(number.toPrecision(3))}`;
 }
 
-const count = (number, one, many) => `${number.toLocaleString("en")} ${number === 1 ? one : many || `${one}s`}`;
+/** 1234567 -> "1,234,567"; without Intl, whose first use takes a while. */
+const grouped = (number) => String(number).replace(/\B(?=(\d{3})+$)/g, ",");
+const count = (number, one, many) => `${grouped(number)} ${number === 1 ? one : many || `${one}s`}`;
 const shapeOf = (weight) => weight.join("×");
 const sizeOfMap = (weight) => weight.slice(1).reduce((sum, size, i) => sum + size * weight[i], 0);

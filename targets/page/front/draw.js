@@ -109,7 +109,6 @@ function redraw() {
     cy.elements().remove();
     cy.add(view.elements);
   });
-  cy.style(styles());
   byId("graph").dataset.elements = cy.elements().length;
   lightUp();
   drawLabels(view.boxes);

@@ -55,7 +55,14 @@ function saidOf(node) {
   return `subgraph ${node.number} of ${subgraphs.length}, ${node.name}, ${count(node.operations.length, "operation")}, reads ${reads}, read by ${read}`;
 }
 
-const edgesOf = (id, side) => content.edges.filter((edge) => edge[side] === id);
+const edgesBy = { from: new Map(), to: new Map() };
+for (const side of ["from", "to"]) {
+  for (const edge of content.edges) {
+    if (!edgesBy[side].has(edge[side])) edgesBy[side].set(edge[side], []);
+    edgesBy[side].get(edge[side]).push(edge);
+  }
+}
+const edgesOf = (id, side) => edgesBy[side].get(id) || [];
 
 /** Focus ring and tab stop on what is selected, else on the first node. */
 function markSelected(focus) {

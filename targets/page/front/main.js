@@ -91,7 +91,9 @@ function setColour(value) {
 function setTheme(value) {
   theme = value;
   document.documentElement.dataset.theme = value;
+  themeColours = new Map();
   if (!cy) return;
+  cy.style(styles());
   redraw();
   if (!byId("schedule").hidden) drawSchedule();
 }
@@ -144,7 +146,7 @@ function start() {
   }
   cy = cytoscape({
     container: byId("graph"), elements: [], layout: { name: "preset" }, autoungrabify: true, autounselectify: true, boxSelectionEnabled: false,
-    minZoom: .05, maxZoom: 3,
+    minZoom: .05, maxZoom: 3, style: styles(),
   });
   byId("colour").value = state.colour;
   for (const input of document.getElementsByName("overlay")) input.checked = input.value === state.overlay;

@@ -34,8 +34,8 @@ function wholeModel() {
   return [
     h("h2", {}, content.name),
     h("p", { class: "sort" }, "The whole model. Click a subgraph to open it."),
-    facts([["Operations", content.operations.length.toLocaleString("en")], ["Subgraphs", subgraphs.length.toLocaleString("en")], ["Parameters", total(content.states.filter((s) => s.kind === "parameter"), "size").toLocaleString("en")],
-      ["FLOPs", short(all === 1 ? 0 : all)], ["Error neurons", subgraphs.filter((s) => s.neuron).length.toLocaleString("en")], ["Feedback maps E", feedbackSize(content.connections)], ["Feedback twins", content.twins.length ? `of ${count(content.twins.length, "weight")}` : ""]]),
+    facts([["Operations", grouped(content.operations.length)], ["Subgraphs", grouped(subgraphs.length)], ["Parameters", grouped(total(content.states.filter((s) => s.kind === "parameter"), "size"))],
+      ["FLOPs", short(all === 1 ? 0 : all)], ["Error neurons", grouped(subgraphs.filter((s) => s.neuron).length)], ["Feedback maps E", feedbackSize(content.connections)], ["Feedback twins", content.twins.length ? `of ${count(content.twins.length, "weight")}` : ""]]),
     titled("Inputs and outputs", facts([...ends, ...output.values.slice(0, 12).map(([value, type]) => [`→ ${value}`, type])])),
     titled("Rule", ruleSettings()),
     titled("Subgraphs, with their share of the FLOPs", list(subgraphs.map((s) => ({ start: s.name, end: share(s), go: () => select(s.id) })))),
@@ -63,7 +63,7 @@ function groupDetails(node) {
   const inside = subgraphsIn(node);
   const sort = { region: "Region of the partition", module: "Module path", run: "Neighbouring subgraphs" }[node.of];
   return [h("h2", {}, dotted(node.name)), h("p", { class: "sort" }, sort), openButton(node),
-    facts([["Subgraphs", inside.length], ["Operations", total(inside.map((s) => ({ n: s.operations.length })), "n").toLocaleString("en")], ["Parameters", total(inside, "parameters").toLocaleString("en")], ["FLOPs", short(total(inside, "flops"))]]),
+    facts([["Subgraphs", inside.length], ["Operations", grouped(total(inside.map((s) => ({ n: s.operations.length })), "n"))], ["Parameters", grouped(total(inside, "parameters"))], ["FLOPs", short(total(inside, "flops"))]]),
     titled("Subgraphs", list(inside.map((s) => ({ start: s.name, end: short(s.parameters), go: () => select(s.id) }))))];
 }
 
@@ -83,7 +83,7 @@ function subgraphDetails(node) {
   return [
     h("h2", {}, dotted(node.name)),
     h("p", { class: "sort" }, `Subgraph ${node.number} of ${subgraphs.length}${node.regions.length ? `, in ${node.regions.join(" › ")}` : ""}`), openButton(node),
-    facts([["Parameters", node.parameters.toLocaleString("en") + (node.trainable !== node.parameters ? ` (${node.trainable.toLocaleString("en")} trainable)` : "")],
+    facts([["Parameters", grouped(node.parameters) + (node.trainable !== node.parameters ? ` (${grouped(node.trainable)} trainable)` : "")],
       ["FLOPs", `${short(node.flops)} (${(100 * node.flops / all).toFixed(1)} %)`], ["Angle", node.angle === null ? null : `${node.angle.toFixed(1)}°`], ["Local loss", node.loss === null ? null : short(node.loss)],
       ["Source", sources.length > 1 ? `${sources[0]} and ${sources.length - 1} more` : sources[0]]]),
     titled("Representations", node.outputs.map((z) => facts([[z.value, z.type], ["pre-activation", z.preactivation !== z.value ? z.preactivation : ""], ["feature axis", z.axis], ["target set for", z.smooth]]))),

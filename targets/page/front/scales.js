@@ -34,7 +34,13 @@ function depthOf(subgraph) {
 }
 
 let theme = "light";
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+let themeColours = new Map();
+
+/** A colour of the theme; looked up once, since the browser then has to compute the page's style. */
+function css(name) {
+  if (!themeColours.has(name)) themeColours.set(name, getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
+  return themeColours.get(name);
+}
 
 /** Colour of a node now, and the range that the colours stand for. */
 function colouring() {

@@ -1,29 +1,38 @@
 // The search box: subgraphs, groups, operations, modules and parameters by any part of their name.
 
 const MOST_FOUND = 40;
-const searchable = [];
-for (const node of content.nodes) {
-  if (node.kind === "subgraph" || node.kind === "group") searchable.push({ name: node.name, sort: node.kind, go: () => select(node.id) });
+let searchIndex = null;
+
+/** All names, made when they are first asked for: {name, low, sort, go}. */
+function searchable() {
+  if (searchIndex) return searchIndex;
+  const found = [], firstOfModule = new Map(), ownerOfState = new Map();
+  for (const node of content.nodes) {
+    if (node.kind === "subgraph" || node.kind === "group") found.push({ name: node.name, sort: node.kind, go: () => select(node.id) });
+  }
+  content.operations.forEach((operation, i) => {
+    if (operation.module && !firstOfModule.has(operation.module)) firstOfModule.set(operation.module, i);
+  });
+  for (const [module, i] of firstOfModule) found.push({ name: module, sort: "module", go: () => select(operationOwner.get(i)) });
+  for (const subgraph of subgraphs) {
+    for (const i of subgraph.states) if (!ownerOfState.has(i)) ownerOfState.set(i, subgraph.id);
+  }
+  content.states.forEach((item, i) => {
+    if (ownerOfState.has(i)) found.push({ name: item.name, sort: item.kind, go: () => select(ownerOfState.get(i)) });
+  });
+  content.operations.forEach((operation, i) => {
+    if (operationOwner.has(i)) found.push({ name: operation.name, sort: "operation", go: () => selectOperation(i) });
+  });
+  for (const item of found) item.low = item.name.toLowerCase();
+  searchIndex = found;
+  return found;
 }
-const firstOfModule = new Map();
-content.operations.forEach((operation, index) => {
-  if (operation.module && !firstOfModule.has(operation.module)) firstOfModule.set(operation.module, index);
-});
-for (const [module, index] of firstOfModule) searchable.push({ name: module, sort: "module", go: () => select(operationOwner.get(index)) });
-content.states.forEach((item, index) => {
-  const owner = subgraphs.find((subgraph) => subgraph.states.includes(index));
-  if (owner) searchable.push({ name: item.name, sort: item.kind, go: () => select(owner.id) });
-});
-content.operations.forEach((operation, index) => {
-  if (operationOwner.has(index)) searchable.push({ name: operation.name, sort: "operation", go: () => selectOperation(index) });
-});
-for (const item of searchable) item.low = item.name.toLowerCase();
 
 let results = [], chosenResult = 0;
 
 function search() {
   const wanted = byId("search").value.trim().toLowerCase(), list = byId("found");
-  results = wanted ? searchable.filter((item) => item.low.includes(wanted)) : [];
+  results = wanted ? searchable().filter((item) => item.low.includes(wanted)) : [];
   const rank = (item) => (item.low === wanted ? 0 : item.low.startsWith(wanted) ? 1 : 2);
   results = results.map((item, i) => [rank(item), i, item]).sort((a, b) => a[0] - b[0] || a[1] - b[1]).map(([, , item]) => item);
   const more = results.length - MOST_FOUND;
