@@ -81,6 +81,19 @@ def write(name: str, title: str, command: str, tables: list[str], notes: str = "
     (RESULTS / f"{name}.md").write_text(text)
 
 
+@contextmanager
+def picture(name: str, width: float, height: float) -> Iterator[Any]:
+    """The axes of a plot, kept as benchmarks/results/`name`.png; width, height: in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure.add_subplot()
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
