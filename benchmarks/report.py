@@ -52,23 +52,51 @@ WARM_UP = 3
 """Rounds that are not timed."""
 
 
+Step = Callable[[], object]
+
+
+def seconds_on_gpu(step: Step) -> float:
+    """Seconds between two CUDA events around a step."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
 def in_turn(
-    steps: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a round runs every step once, so that a busy machine slows all alike."""
+    steps: Mapping[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter,
+    measure: Callable[[Step], float] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of each step in each round; a round runs every step once, so that a busy machine slows all alike.
+
+    measure: the seconds of one step, in place of the clock's difference.
+    """
+
+    def by_the_clock(step: Step) -> float:
+        start = clock()
+        step()
+        return clock() - start
+
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds + WARM_UP):
         for name, step in steps.items():
-            start = clock()
-            step()
+            seconds = (measure or by_the_clock)(step)
             if i >= WARM_UP:
-                times[name].append(clock() - start)
+                times[name].append(seconds)
     return times
+
+
+def quartiles(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Low quartile, median and high quartile of the ratio within a round."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, other, strict=True)], n=4)
+    return low, middle, high
 
 
 def ratio(mine: Sequence[float], other: Sequence[float]) -> str:
     """Median and quartiles of the ratio within a round."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, other, strict=True)], n=4)
+    low, middle, high = quartiles(mine, other)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
@@ -79,6 +107,26 @@ def write(name: str, title: str, command: str, tables: list[str], notes: str = "
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text)
+
+
+@contextmanager
+def pictures(name: str, count: int, width: float, height: float) -> Iterator[list[Any]]:
+    """The axes of plots side by side, kept as benchmarks/results/`name`.png; width, height: of one, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(count * width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    yield [figure.add_subplot(1, count, i + 1) for i in range(count)]
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+
+
+@contextmanager
+def picture(name: str, width: float, height: float) -> Iterator[Any]:
+    """The axes of one plot; see `pictures`."""
+    with pictures(name, 1, width, height) as (axes,):
+        yield axes
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -1,123 +1,158 @@
 """Time of a training step against eager backpropagation, in the same process and in turn.
 
-Every round times each way once, so that a noisy machine slows all alike; the ratio is taken within the round.
+Every round times each way once, so that a noisy machine slows all alike; the ratio is taken within the round. All ways
+have the same optimizer. biotorch's feedback alignment is measured too if that package can be imported (it needs no
+more than torch for that: `pip install --no-deps biotorch`).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import graphlocal
 from benchmarks import report
-from graphlocal.demo import SmallResNet
+from benchmarks.models import LARGE, SMALL, Case, Encoder, checkpointed, loss_fn, mlp, on_gpu
+from benchmarks.report import Step
 
-Step = Callable[[], object]
-loss_fn = nn.functional.cross_entropy
+__all__ = ["CASES", "Case", "Encoder", "Step", "loop", "loss_fn", "mlp", "ways"]
 
-
-@dataclass(frozen=True)
-class Case:
-    """A model, its inputs' shape without the batch, and the partitions to measure."""
-
-    title: str
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    batch: int
-    classes: int = 10
+CASES = SMALL
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": partial(torch.optim.Adam, lr=1e-4),
+    "adam-fused": partial(torch.optim.Adam, lr=1e-4, fused=True),
+    "sgd-fused": partial(torch.optim.SGD, lr=1e-4, momentum=0.9, fused=True),
+}
 
 
-def mlp(width: int, depth: int, inputs: int) -> nn.Module:
-    """`depth` hidden layers of tanh units."""
-    layers: list[nn.Module] = []
-    for i in range(depth):
-        layers += [nn.Linear(inputs if i == 0 else width, width), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(width, 10))
-
-
-class Encoder(nn.Module):
-    """A transformer encoder over 64 tokens, with a class head on their mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(192, 3, 768, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
-        self.head = nn.Linear(192, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(x).mean(1))
-
-
-CASES = (
-    Case("MLP 64-128-128-10", lambda: mlp(128, 2, 64), (64,), 32),
-    Case("MLP 64×128 (deep, thin)", lambda: mlp(128, 64, 64), (64,), 32),
-    Case("MLP 8×1024", lambda: mlp(1024, 8, 784), (784,), 128),
-    Case("small ResNet on 8×8", SmallResNet, (1, 8, 8), 32),
-    Case("small ResNet on 8×8", SmallResNet, (1, 8, 8), 256),
-    Case("transformer encoder 6×192, 64 tokens", Encoder, (64, 192), 16),
-)
-
-
-def loop(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+def loop(model: nn.Module, x: Tensor, y: Tensor, optimizer: str = "adam") -> Step:
     """An ordinary training loop's step: backpropagation, or local updates by the drop-in path."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    updates = OPTIMIZERS[optimizer](model.parameters())
 
     def step() -> None:
         loss_fn(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        updates.step()
+        updates.zero_grad()
 
     return step
 
 
-def ways(case: Case) -> dict[str, Step]:
+def ways(case: Case, options: argparse.Namespace) -> dict[str, Step]:
     """The same training step by backpropagation and by local updates, each on a model of its own."""
     torch.manual_seed(0)
-    start = case.make()
-    x, y = torch.randn(case.batch, *case.shape), torch.randint(case.classes, (case.batch,))
+    dtype = getattr(torch, options.dtype)
+    start = case.make().to(options.device, dtype)
+    x, y = case.example(options.device, dtype)
 
-    def fused(local: graphlocal.LocalModule) -> Step:
-        step = graphlocal.train_step(local, loss_fn, torch.optim.Adam(local.parameters(), 1e-4))
+    def plain(model: nn.Module) -> Step:
+        return loop(model, x, y, options.optimizer)
+
+    def local(partition: str, target: str = "auto") -> graphlocal.LocalModule:
+        return graphlocal.compile(copy.deepcopy(start), example_inputs=(x,), partition=partition, target=target)
+
+    def fused(model: graphlocal.LocalModule) -> Step:
+        step = graphlocal.train_step(model, loss_fn, OPTIMIZERS[options.optimizer](model.parameters()))
         return lambda: step(x, y)
 
-    def compiled(partition: str) -> graphlocal.LocalModule:
-        return graphlocal.compile(copy.deepcopy(start), example_inputs=(x,), rule="rec-lra", partition=partition)
-
-    return {
-        "backprop": loop(copy.deepcopy(start), x, y),
-        "rec-lra": loop(compiled("auto"), x, y),
-        "rec-lra, fused": fused(compiled("auto")),
-        "rec-lra leaf, fused": fused(compiled("leaf")),
+    found = {
+        "backprop": plain(copy.deepcopy(start)),
+        "backprop, checkpointed": plain(checkpointed(case, copy.deepcopy(start))),
+        "rec-lra": plain(local("auto")),
+        "rec-lra, fused": fused(local("auto")),
+        "rec-lra leaf, fused": fused(local("leaf")),
     }
+    if options.compiled:
+        found["backprop, compiled"] = plain(torch.compile(copy.deepcopy(start)))
+        found["rec-lra, fused, inductor"] = fused(local("auto", "inductor"))
+        found["rec-lra leaf, fused, inductor"] = fused(local("leaf", "inductor"))
+    if importlib.util.find_spec("biotorch") is not None:
+        found["biotorch, feedback alignment"] = plain(_biotorch(copy.deepcopy(start)))
+    return found
 
 
-def measure(case: Case, rounds: int) -> list[str]:
+def _biotorch(model: nn.Module) -> nn.Module:
+    from biotorch.module.biomodule import BioModule
+
+    made: nn.Module = BioModule(model, mode="fa")
+    return made
+
+
+def measure(case: Case, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each way in each round."""
+    rounds = max(options.rounds // (5 if case in LARGE else 1), 5)
+    if options.device == "cuda":
+        case = on_gpu(case)
+        times = report.in_turn(ways(case, options), rounds, measure=report.seconds_on_gpu)
+    else:
+        clock = time.process_time if options.clock == "process" else time.perf_counter
+        times = report.in_turn(ways(case, options), rounds, clock)
+    shown = (f"{name} {report.ratio(found, times['backprop'])}" for name, found in times.items())
+    print(case.title, case.batch, *shown, sep=" | ", file=sys.stderr)
+    return times
+
+
+def row(case: Case, times: dict[str, list[float]], names: Sequence[str]) -> list[str]:
     """A row of the table: milliseconds of backprop, and the ratio of each other way with its spread."""
-    times = report.in_turn(ways(case), rounds)
-    row = [case.title, str(case.batch), f"{1000 * statistics.median(times['backprop']):.2f}"]
-    row += [report.ratio(found, times["backprop"]) for name, found in times.items() if name != "backprop"]
-    print(" | ".join(row), file=sys.stderr)
-    return row
+    cells = [case.title, str(case.batch), f"{1000 * statistics.median(times['backprop']):.2f}"]
+    return cells + [report.ratio(times[name], times["backprop"]) for name in names]
+
+
+def plot(name: str, cases: Sequence[Case], found: list[dict[str, list[float]]], names: Sequence[str]) -> None:
+    """Bars of the ratios, with quartiles, as a picture beside the table."""
+    width = 0.8 / len(names)
+    with report.picture(name, 3 + 1.5 * len(cases), 4.2) as axes:
+        for k, way in enumerate(names):
+            rows = [report.quartiles(times[way], times["backprop"]) for times in found]
+            middles = [middle for _, middle, _ in rows]
+            spread = [[middle - low for low, middle, _ in rows], [high - middle for _, middle, high in rows]]
+            places = [i + width * (k - (len(names) - 1) / 2) for i in range(len(rows))]
+            axes.bar(places, middles, 0.95 * width, yerr=spread, label=way, error_kw={"linewidth": 0.8})
+        axes.axhline(1, color="gray", linewidth=0.8)
+        axes.set_xticks(range(len(cases)), [f"{case.title}\nbatch {case.batch}" for case in cases], fontsize=7)
+        axes.set_ylabel("time of a step / eager backprop's")
+        axes.legend(fontsize=8)
 
 
 def main() -> None:
-    """Measure all cases and write benchmarks/results/step_time.md."""
+    """Measure the cases and write benchmarks/results/step_time.md and its picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=40, help="of the small cases; a fifth of them of the large ones")
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rows = [measure(case, arguments.rounds) for case in CASES]
-    header = ["model", "batch", "backprop, ms", "rec-lra", "rec-lra, fused", "rec-lra leaf, fused"]
-    notes = "Ratios to eager backprop with the same Adam: median and quartiles over rounds. Below 1 is faster."
-    report.write("step_time", "Step time", "python -m benchmarks.step_time", [report.table(header, rows)], notes)
+    parser.add_argument("--large", action="store_true", help="ResNet-18 and 50, ViT-S, a decoder of GPT-2's shape")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too; its first steps take minutes")
+    parser.add_argument("--optimizer", default="adam-fused", choices=list(OPTIMIZERS))
+    parser.add_argument("--clock", default="wall", choices=["wall", "process"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--only", default="", help="a part of the titles to measure")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cases = [case for case in (LARGE if options.large else SMALL) if options.only in case.title]
+    found = [measure(case, options) for case in cases]
+    cases = [on_gpu(case) for case in cases] if options.device == "cuda" else cases
+    names = [name for name in found[0] if name != "backprop"]
+    parts = ["step_time", *(["large"] if options.large else []), *(["compiled"] if options.compiled else [])]
+    parts += [] if options.device == "cpu" else [options.device, options.dtype]
+    name = "_".join(parts)
+    plot(name, cases, found, names)
+    header = ["model", "batch", "backprop, ms", *names]
+    rows = [row(case, times, names) for case, times in zip(cases, found, strict=True)]
+    notes = (
+        f"Ratios to eager backprop, all with {options.optimizer}: median and quartiles over rounds. Below 1 is faster."
+    )
+    notes += "" if options.clock == "wall" else " CPU time of the process, not of the clock."
+    command = " ".join(["python -m benchmarks.step_time", *sys.argv[1:]])
+    report.write(name, "Step time", command, [report.table(header, rows), f"![step time]({name}.png)"], notes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""Peak memory of a training step: backpropagation, with gradient checkpointing, and the fused local step.
+
+Counted is what a step needs over what lives between steps (parameters, buffers, E, the optimizer's state): activations,
+errors, gradients, the loss. On a CPU the bytes of all tensors that live at one time, on a GPU by CUDA's allocator, which
+counts workspaces too. The same model, batch and Adam (torch's fused kernels) each time; the third step is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import graphlocal
+from benchmarks import report
+from benchmarks.models import LARGE, SMALL, Case, checkpointed, loss_fn, on_gpu
+from graphlocal.execution import Execution
+from graphlocal.live_memory import peak_bytes
+from graphlocal.partial_optimizer import TOGETHER
+from graphlocal.targets.fused_updates import with_updates
+from graphlocal.targets.liveness import liveness
+
+CHOSEN = ("MLP 8×1024", "MLP 64×128 (deep, thin)")
+CASES = (*(case for case in SMALL if case.title in CHOSEN), *LARGE)
+WAYS = ("backprop", "backprop, checkpointed", "rec-lra", "rec-lra, recomputed")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Bytes: parameters, E, the peak of each way, and what was predicted of the peaks of rec-lra's."""
+
+    case: Case
+    parameters: int
+    feedback: int
+    peaks: dict[str, int]
+    predicted: dict[str, int]
+
+
+def backprop(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
+    """An ordinary training step."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
+
+    def step() -> None:
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak(step: Callable[[], object], device: str) -> int:
+    """The peak of the third step."""
+    for _ in range(2):
+        step()
+    gc.collect()
+    return peak_bytes(step, torch.device(device))
+
+
+def measure(case: Case, device: str, dtype: torch.dtype) -> Found:
+    """All ways to train one model, one after another."""
+    torch.manual_seed(0)
+    start = case.make().to(device, dtype)
+    x, y = case.example(device, dtype)
+    peaks, predicted = {}, {}
+    peaks["backprop"] = peak(backprop(copy.deepcopy(start), x, y), device)
+    peaks["backprop, checkpointed"] = peak(backprop(checkpointed(case, copy.deepcopy(start)), x, y), device)
+    feedback = 0
+    for way, again in (("rec-lra", False), ("rec-lra, recomputed", True)):
+        local = graphlocal.compile(copy.deepcopy(start), example_inputs=(x,), recompute=again)
+        optimizer = torch.optim.Adam(local.parameters(), 1e-4, fused=True)
+        step = graphlocal.train_step(local, loss_fn, optimizer)
+        peaks[way] = peak(lambda step=step: step(x, y), device)  # type: ignore[misc]
+        lowered = Execution(local.compiled, "lowered").lowered([x])
+        predicted[way] = liveness(with_updates(lowered), TOGETHER).peak.total
+        feedback = sum(t.numel() * t.element_size() for t in local.error_weights.buffers())
+        del local, optimizer, step, lowered
+        gc.collect()
+    size = sum(p.numel() * p.element_size() for p in start.parameters())
+    found = Found(case, size, feedback, peaks, predicted)
+    print(row(found), file=sys.stderr)
+    return found
+
+
+def row(found: Found) -> list[str]:
+    """A row of the table: megabytes, and the ratio to backprop with E counted on rec-lra's side."""
+    cells = [found.case.title, str(found.case.batch), mb(found.parameters), mb(found.feedback)]
+    for way in WAYS:
+        extra = found.feedback if way.startswith("rec-lra") else 0
+        ratio = (found.peaks[way] + extra) / found.peaks["backprop"]
+        cells.append(mb(found.peaks[way]) + ("" if way == "backprop" else f" ({ratio:.2f})"))
+    return cells + [mb(found.predicted[way]) for way in WAYS[2:]]
+
+
+def mb(size: int) -> str:
+    """Megabytes."""
+    return f"{size / 1e6:.1f}"
+
+
+def plot(found: list[Found]) -> None:
+    """Bars of the peaks, relative to backprop's, as benchmarks/results/memory.png."""
+    with report.picture("memory", 11, 4) as axes:
+        for k, way in enumerate(WAYS):
+            heights = [f.peaks[way] / f.peaks["backprop"] for f in found]
+            axes.bar([i + 0.2 * (k - 1.5) for i in range(len(found))], heights, 0.19, label=way)
+        axes.axhline(1, color="gray", linewidth=0.8)
+        axes.set_xticks(range(len(found)), [f"{f.case.title}\nbatch {f.case.batch}" for f in found], fontsize=7)
+        axes.set_ylabel("peak of a step / backprop's")
+        axes.legend(fontsize=8)
+
+
+def main() -> None:
+    """Measure the cases and write benchmarks/results/memory.md and its picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--only", default="", help="a part of the titles to measure")
+    arguments = parser.parse_args()
+    cases = [on_gpu(case) if arguments.device == "cuda" else case for case in CASES if arguments.only in case.title]
+    found = [measure(case, arguments.device, getattr(torch, arguments.dtype)) for case in cases]
+    header = ["model", "batch", "parameters, MB", "E, MB", *(f"{way}, MB" for way in WAYS)]
+    header += [f"predicted: {way}, MB" for way in WAYS[2:]]
+    notes = (
+        "Peak of a step over what lives between steps, and in brackets its ratio to backprop's, with E added on "
+        "rec-lra's side. Partition auto, rec-lra at depth 1. Checkpointing works on the blocks; a Sequential is cut into "
+        "about as many segments as each has layers. Predicted: by the training graph's liveness, without the loss's own "
+        "values. `recomputed`: `graphlocal.compile(..., recompute=True)`."
+    )
+    suffix = "" if arguments.device == "cpu" else f"_{arguments.device}_{arguments.dtype}"
+    plot(found)
+    tables = [report.table(header, [row(f) for f in found]), "![peaks](memory.png)"]
+    report.write(f"memory{suffix}", "Memory of a training step", "python -m benchmarks.memory", tables, notes)
+
+
+if __name__ == "__main__":
+    main()
