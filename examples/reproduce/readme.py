@@ -40,6 +40,12 @@ REMARKS = {
     "lra_finetune": "From the small start backpropagation learns nothing in these epochs; after two epochs of LRA it "
     "learns at once, and ends ahead of LRA alone.",
     "lra_steps": "Backpropagation leaves the filters as noise; with K the filters get a shape and the error falls.",
+    "lra_initialisation": "LRA ends alike from every start. Backpropagation is better where gradients get through, and "
+    "learns nothing where they don't: from the smallest weights with tanh, and from all of them with sigmoids.",
+    "reclra_mnist": "After so few steps all errors are far above the paper's. Local rules keep up with backpropagation "
+    "for units with bounds, lose where ReLU and softplus let the representations grow, since random feedback does not "
+    "grow with them, and win for signum, where backpropagation has an estimator only. The whole size adds RecLRA with "
+    "fixed E and difference target propagation.",
 }
 """What a table shows, or why a number falls short."""
 INTRODUCTION = f"""# The papers' tables, reproduced
