@@ -6,7 +6,7 @@ import pathlib as _pathlib
 if not (_pathlib.Path(__file__).resolve().parent / "passes").is_dir():
     __path__.append(str(_pathlib.Path(__file__).resolve().parent.parent))
 
-from graphlocal import rules
+from graphlocal import partition, rules
 from graphlocal.alignment import Alignment, alignment
 from graphlocal.check import Finding, Report, check
 from graphlocal.compile import compile
@@ -36,6 +36,7 @@ __all__ = [
     "compile",
     "knn_error",
     "load",
+    "partition",
     "plan",
     "recalibrate",
     "representations",

@@ -17,6 +17,8 @@ from graphlocal.errors import InputError, nearest
 
 _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?:(?P<dtype>[a-z]+\d+|bool):)?(?P<shape>\d+(?:x\d+)*)(?:<(?P<high>\d+))?")
 
+_OF_ANOTHER_TORCH = "torchvision was built for another build of torch: install both from one place, or both for the CPU"
+
 
 def load_model(name: str, settings: Sequence[str]) -> nn.Module:
     """The model that `module:callable` makes with `key=value` settings (Python literals, else strings).
@@ -31,7 +33,8 @@ def load_model(name: str, settings: Sequence[str]) -> nn.Module:
     try:
         made_by: Any = importlib.import_module(module_name)
     except Exception as error:  # whatever the module does when imported
-        raise InputError(f"the module {module_name!r} can't be imported", why=_why(error)) from error
+        remedy = _OF_ANOTHER_TORCH if "operator torchvision::" in str(error) else None
+        raise InputError(f"the module {module_name!r} can't be imported", why=_why(error), remedy=remedy) from error
     for part in attribute.split("."):
         if not hasattr(made_by, part):
             near = nearest(part, [n for n in dir(made_by) if not n.startswith("_")])

@@ -16,12 +16,21 @@ from graphlocal.trace import TracedModel
 
 TRAINING_STEP = onnx.TRAINING_STEP
 
+_OTHERS = {
+    ".local": "local.save(path) writes that format",
+    ".pt": "give a program of torch.export the suffix .pt2",
+    ".pth": "give a program of torch.export the suffix .pt2",
+    ".html": "local.show(path) draws",
+    ".svg": "local.show(path) draws",
+}
+"""What to do about suffixes that stand for something else."""
+
 
 def export(
     graph: LocalGraph, traced: TracedModel, model: nn.Module, path: str | Path, kind: str = "model", **options: Any
 ) -> Any:
     """Write a compiled model as it evaluates. Raises as `onnx.export` and `torch_export.export_model` do."""
-    if Path(path).suffix != torch_export.SUFFIX:
+    if not _is_program(path):
         return onnx.export(graph, traced, model, path, kind, **options)
     if kind != "model":
         raise InputError(
@@ -33,10 +42,18 @@ def export(
 
 def export_step(compiled: Any, unflatten: Any, path: str | Path, **options: Any) -> Any:
     """Write the training step. Raises as `onnx.export_step` and `torch_export.export_step` do."""
-    if Path(path).suffix != torch_export.SUFFIX:
+    if not _is_program(path):
         return onnx.export_step(compiled, unflatten, path, **options)
     _require_known(torch_export.export_step, 3, options, ("loss_fn", "optimizer", "y"))
     return torch_export.export_step(compiled, unflatten, Path(path), **options)
+
+
+def _is_program(path: str | Path) -> bool:
+    """Whether a file is to be a .pt2. Raises InputError for a suffix that is neither's."""
+    suffix = Path(path).suffix.lower()
+    if suffix in _OTHERS:
+        raise InputError(f"{path} is no file for an export, which writes ONNX or .pt2", remedy=_OTHERS[suffix])
+    return suffix == torch_export.SUFFIX
 
 
 def _require_known(

@@ -19,7 +19,10 @@ from graphlocal.targets.onnx.decompositions import (
     embedding_bag,
     embedding_bag_backward,
     embedding_dense_backward,
+    index_put,
+    layer_norm,
     max_pool_backward,
+    scatter_add,
     upsample_linear_backward,
     upsample_nearest_backward,
 )
@@ -129,3 +132,16 @@ def test_batch_norm_is_exact(training: bool, affine: bool) -> None:
     weights = (random(4), random(4)) if affine else (None, None)
     given = (random(3, 4, 5, 6), *weights, random(4), random(4).abs(), training, 0.1, 1e-5)
     same(batch_norm_functional(*given), aten._native_batch_norm_legit_functional(*given))
+
+
+def test_half_precision_is_normalized_and_summed_in_float32() -> None:
+    x, weight, bias = random(6, 5).half(), random(5).half(), random(5).half()
+    out, mean, inverse = layer_norm(x, [5], weight, bias, 1e-5)
+    exact = aten.native_layer_norm(x.float(), [5], weight.float(), bias.float(), 1e-5)
+    assert (out.dtype, mean.dtype, inverse.dtype) == (torch.float16, torch.float32, torch.float32)
+    same((out, mean, inverse), (exact[0].half(), *exact[1:]))
+    index, many = torch.zeros(4000, dtype=torch.int64), torch.full((4000,), 0.5).half()
+    assert scatter_add(torch.zeros(2).half(), 0, index, many).tolist() == [2000.0, 0.0]
+    assert index_put(torch.zeros(2).half(), [index], many, True).tolist() == [2000.0, 0.0]
+    assert scatter_add(torch.zeros(2), 0, index, many.float()) is NotImplemented
+    assert index_put(torch.zeros(2).half(), [index], many) is NotImplemented

@@ -169,6 +169,10 @@ def test_bad_options_and_models_are_refused(tmp_path: Path) -> None:
         local.export(tmp_path / "a.pt2", opset=20)
     with pytest.raises(InputError, match="needs loss_fn="):
         local.export(tmp_path / "a.pt2", kind="training-step")
+    with pytest.raises(InputError, match=r"local\.save\(path\)"):
+        local.export(tmp_path / "a.local")
+    with pytest.raises(InputError, match=r"suffix \.pt2"):
+        local.export(tmp_path / "a.pt", kind="training-step")
     with pytest.raises(InputError, match="can't be written"):
         local.export(Path("/dev/null/a.pt2"))
     hard = zoo.HARD["branch_in_block"]

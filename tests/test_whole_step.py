@@ -48,6 +48,28 @@ def test_formula_equals_torchs_optimizer(name, begun):
         torch.testing.assert_close(value, parameter.detach(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["momentum", "adam", "adamw"])
+def test_half_precision_is_updated_as_float32_and_rounded(name):
+    """Also where gradients are 0, or so small that their squares are 0 in float16; torch's own Adam then gives nan."""
+    torch.manual_seed(0)
+    half = nn.Parameter(torch.randn(40).half())
+    full = nn.Parameter(half.detach().float())
+    optimizer, exact = OPTIMIZERS[name]([half]), OPTIMIZERS[name]([full])
+    value, state = half.detach().clone(), initial_state(optimizer, half)
+    group = group_of(optimizer, half)
+    assert group is not None
+    for _ in range(4):
+        gradient = (torch.randn(40) * 10.0 ** torch.linspace(-6, 0, 40)).half()
+        gradient[::5] = 0
+        value, state = updated(optimizer, group, torch.tensor(group["lr"]), value, gradient, state)
+        full.grad = gradient.float()
+        exact.step()
+        full.data = full.data.half().float()
+        assert value.dtype == torch.float16
+        torch.testing.assert_close(value.float(), full.detach(), rtol=1e-3, atol=1e-6)
+    assert {x.dtype for x in state.values()} == {torch.float32}
+
+
 def recorded(name: str, rule: Any, make: Any, **options: Any) -> tuple[WholeStep, graphlocal.LocalModule, Any, list]:
     """The whole step of a float64 zoo model, an equal eager module with its optimizer, and the input tensors."""
     model = zoo.MODELS[name]
