@@ -207,7 +207,7 @@ def _simplify(graph: fx.Graph) -> None:
         number = node.target is aten._to_copy.default and isinstance(source, (int, float))
         view = node.target in VIEWS and isinstance(source, fx.Node) and _alike(node, source)
         if number or view:
-            node.replace_all_uses_with(source)  # type: ignore[arg-type]
+            node.replace_all_uses_with(source)
     simplify(graph)
 
 
