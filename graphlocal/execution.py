@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphlocal.preserve import preserved
 from graphlocal.targets.accesses import annotate
@@ -18,6 +19,7 @@ from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
+from graphlocal.targets.overlap import Overlap, overlap
 from graphlocal.targets.recompute import recompute
 from graphlocal.targets.stacking import ALL, GPU, Stacking
 from graphlocal.targets.streams import streamed
@@ -37,12 +39,18 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 class Passes:
     """forward(*leaves) -> (outputs, saved); error(saved, errors, [apply,] retain).
 
-    taken: for which outputs `error` must be given one; None if any will do.
+    taken: for which outputs `error` must be given one; None if any will do. graphs: both, for target="streams".
     """
 
     forward: Callable[..., Any]
     error: Callable[..., Any]
     taken: tuple[bool, ...] | None = None
+    graphs: tuple[fx.GraphModule, fx.GraphModule] | None = None
+
+    @cached_property
+    def overlap(self) -> Overlap | None:
+        """The fused passes in pieces that may overlap with other steps', where that can be."""
+        return None if self.graphs is None else overlap(*self.graphs)
 
 
 class Execution:
@@ -90,10 +98,17 @@ class Execution:
         """The passes of the eager training graph, for any shapes and any loss."""
         return Passes(*(self.compiled.run_fused_passes if fused else self.compiled.run_passes))
 
+    def known(self, leaves: Sequence[Any]) -> Passes | None:
+        """The passes of a fused step on arguments like these, if it was lowered before."""
+        found: Passes | None = None
+        if self.not_lowered is None and not torch._C._is_any_autocast_enabled():
+            found = self._passes.get((_shapes(leaves), self.taken, True))
+        return found
+
     def _lowered(self, leaves: Sequence[Any], fused: bool) -> Passes | None:
         if torch._C._is_any_autocast_enabled():
             return None
-        shapes = tuple((x.shape, x.stride(), x.requires_grad) if isinstance(x, Tensor) else None for x in leaves)
+        shapes = _shapes(leaves)
         key = shapes, self.taken, fused
         if key in self._passes:
             return self._passes[key]
@@ -154,7 +169,7 @@ class Execution:
         forward, error = split(lowered)
         if self.target == "streams":
             streams = self.compiled.streams
-            return Passes(streamed(forward, streams), streamed(error, streams), self.taken)
+            return Passes(streamed(forward, streams), streamed(error, streams), self.taken, (forward, error))
         return Passes(torch.no_grad()(flatten(forward)), torch.no_grad()(flatten(error)), self.taken)
 
     def _by_inductor(self, lowered: TrainingGraph, fused: bool) -> Passes:
@@ -191,19 +206,27 @@ class Execution:
         return {name: x.detach() if isinstance(x, Tensor) else x for name, x in found.items()}
 
 
+def _shapes(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple((x.shape, x.stride(), x.requires_grad) if isinstance(x, Tensor) else None for x in leaves)
+
+
 class Run:
     """One forward pass, and the error pass that answers it.
 
-    outputs: flattened. saved: what the error pass reads; None once it has freed it.
+    outputs: flattened. saved: what the error pass reads; None once it has freed it. elsewhere: whoever makes this
+    object runs the forward pass, and sets both.
     """
 
-    def __init__(self, execution: Execution, passes: Passes, leaves: list[Any], fused: bool) -> None:
+    def __init__(
+        self, execution: Execution, passes: Passes, leaves: list[Any], fused: bool, elsewhere: bool = False
+    ) -> None:
         self.execution, self.passes, self.fused = execution, passes, fused
         may_differ = passes.taken is not None and sum(execution.compiled.differentiable) > 1
         self.start = _Start(execution.compiled, leaves) if may_differ else None
         self.outputs: list[Any]
-        self.saved: list[Any] | None
-        self.outputs, self.saved = passes.forward(*leaves)
+        self.saved: list[Any] | None = None
+        if not elsewhere:
+            self.outputs, self.saved = passes.forward(*leaves)
 
     def error_pass(
         self, errors: Sequence[Tensor | None], *rest: Any, retain: bool = False, labels: tuple[Any, ...] = ()

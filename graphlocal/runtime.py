@@ -231,6 +231,13 @@ class LocalModule(nn.Module):
                     dynamic |= sizes | compiled.traced.dynamic if sizes else set()
         yield self._recompile(leaves, spec, dynamic)
 
+    def _known(self, leaves: list[Any], spec: pytree.TreeSpec) -> Compiled | None:
+        """The compilation for calls like this one, if there is one yet."""
+        if [_children(module) for module in self._watched] != self._structure:
+            return None
+        state = self._state()
+        return next((c for known, c in self._cache if known == state and c.mismatch(leaves, spec) is None), None)
+
     def _learns(self) -> bool:
         return any(parameter.requires_grad for parameter in self.original.parameters())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.goals import ClassCodes
+from graphlocal.overlap import overlapped
 from graphlocal.partial_optimizer import TOGETHER, Gathering, PartialOptimizer
 from graphlocal.rules import Rule
 from graphlocal.runtime import LocalModule, require_finite, update_norms
@@ -109,6 +110,21 @@ class TrainStep:
             apply.flush()
             require_finite(compiled, errors, norms)
         return loss
+
+    def run(self, batches: Iterable[tuple[Any, Any]], *, staleness: int = 0) -> Iterator[Tensor]:
+        """Train on one (x, y) after another, and yield the loss of each, once its updates are made.
+
+        With target="streams" on a CPU, the next batch enters each subgraph as soon as that is updated, while others
+        still learn; the next batch is fetched meanwhile. What a loop over `step(x, y)` gives, this gives bit for bit;
+        while a loss is looked at, no thread works, and the model, its buffers and torch's random numbers stand as they
+        would then. Changes of the model are found, and the next batch begins anew (not those made through `.data`).
+
+        staleness: by how many updates, at most, the forward pass may be behind (with target="streams"): the forward
+        passes of so many further batches come before the updates, in an order that is always the same.
+
+        Raises InputError for a staleness that can't be, and what step(x, y) raises.
+        """
+        return overlapped(self, batches, staleness)
 
     def _run_engine(self, leaves: list[Any], spec: Any, y: Any, index: Tensor | None) -> Tensor:
         def run(compiled: Compiled) -> tuple[Tensor, dict[str, Tensor]]:

@@ -37,6 +37,14 @@ class Access:
     result: Roots = frozenset()
 
 
+ARGUMENTS, RANDOM = "the arguments", "random numbers"
+
+
+def outlives(root: str) -> bool:
+    """Whether a root is the same memory in every step: a parameter's, buffer's or map's, or the generator's."""
+    return root == RANDOM or root.startswith("storage ") or "." in root
+
+
 def annotate(training: TrainingGraph) -> None:
     """Write an Access as `meta["access"]` on every node of a training graph; copies of the graph keep it."""
     known: dict[fx.Node, Access] = {}
@@ -46,7 +54,7 @@ def annotate(training: TrainingGraph) -> None:
 
 def _access(node: fx.Node, known: dict[fx.Node, Access], training: TrainingGraph) -> Access:
     if node.op == "placeholder":
-        return Access(result=frozenset({"the arguments"}))
+        return Access(result=frozenset({ARGUMENTS}))
     if node.op == "get_attr":
         return Access(result=frozenset({_storage(training.module, str(node.target))}))
     read = _union(known[argument].result for argument in node.all_input_nodes)
@@ -60,7 +68,7 @@ def _access(node: fx.Node, known: dict[fx.Node, Access], training: TrainingGraph
         return Access(read, frozenset(), read | own)  # may hand on what it was given
     written = _written(node, known)
     if _draws(node):
-        written |= {"random numbers"}
+        written |= {RANDOM}
     shares = node.target in VIEWS or any(r.alias_info is not None for r in node.target._schema.returns)
     return Access(read, frozenset(written), read if shares else own)
 

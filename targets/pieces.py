@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
+import networkx as nx
 from torch import fx
 
 from graphlocal.errors import GraphLocalError
@@ -60,10 +61,11 @@ class Cut:
     finish: Callable[..., Any]
 
 
-def cut(module: fx.GraphModule, join: bool = True) -> Cut:
+def cut(module: fx.GraphModule, join: bool = True, first: Callable[[Piece], int] | None = None) -> Cut:
     """The pieces of a forward or error pass, whose training graph was annotated by `accesses.annotate`.
 
-    join: False leaves every piece to one action.
+    join: False leaves every piece to one action. first: puts the pieces, and with them the updates, in another order
+    than the program's: of those whose needs come before them, the piece with the smallest value is next.
     """
     nodes = [n for n in module.graph.nodes if n.op == "call_function" and n.target is not take]
     runs = [list(run) for _, run in groupby(nodes, _label)]
@@ -71,6 +73,9 @@ def cut(module: fx.GraphModule, join: bool = True) -> Cut:
     groups = runs
     if join:
         groups, needs = _joined(runs, needs)
+    if first is not None:
+        groups, needs = _ordered(groups, needs, first)
+    needs = _updates_in_order(groups, needs)
     (output,) = module.graph.find_nodes(op="output")
     pieces = tuple(map(_piece, groups))
     taken: Any = [(n.name, n.args[1]) for n in module.graph.find_nodes(op="call_function", target=take)]
@@ -99,7 +104,6 @@ def _needs(runs: Sequence[Sequence[fx.Node]]) -> list[set[int]]:
     needs: list[set[int]] = [set() for _ in runs]
     writer: dict[str, int] = {}
     readers: defaultdict[str, set[int]] = defaultdict(set)
-    last_update: int | None = None
     for i, run in enumerate(runs):
         for node in run:
             needs[i].update(owner[source] for source in node.all_input_nodes if source in owner)
@@ -110,11 +114,30 @@ def _needs(runs: Sequence[Sequence[fx.Node]]) -> list[set[int]]:
                 writer[root] = i
             for root in access.reads - access.writes:
                 readers[root].add(i)
-        if run[0].target is apply_updates:  # the optimizer sees its gradients in one order, whatever runs where
-            needs[i].update([] if last_update is None else [last_update])
-            last_update = i
         needs[i].discard(i)
     return needs
+
+
+def _updates_in_order(
+    groups: Sequence[Sequence[fx.Node]], needs: Sequence[frozenset[int]]
+) -> tuple[frozenset[int], ...]:
+    """Let every update wait for the one before: the optimizer sees its gradients in one order, whatever runs where."""
+    updates = [i for i, group in enumerate(groups) if _updates(group)]
+    before = dict(zip(updates[1:], updates, strict=False))
+    return tuple(n | {before[i]} if i in before else n for i, n in enumerate(needs))
+
+
+def _ordered(
+    groups: Sequence[list[fx.Node]], needs: Sequence[frozenset[int]], first: Callable[[Piece], int]
+) -> tuple[list[list[fx.Node]], tuple[frozenset[int], ...]]:
+    """The groups, each after those that it needs, with the smallest by `first` as early as can be."""
+    dag = nx.DiGraph()
+    dag.add_nodes_from(range(len(groups)))
+    dag.add_edges_from((j, i) for i, before in enumerate(needs) for j in before)
+    rank = [first(_piece(group)) for group in groups]
+    order = list(nx.lexicographical_topological_sort(dag, key=lambda i: (rank[i], i)))
+    place = {i: k for k, i in enumerate(order)}
+    return [groups[i] for i in order], tuple(frozenset(place[j] for j in needs[i]) for i in order)
 
 
 def _joined(

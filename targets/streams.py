@@ -53,13 +53,7 @@ class StreamedPass:
         self._run = _CudaLanes(self, device) if device.type == "cuda" else self._run_on_threads
 
     def __call__(self, *arguments: Any) -> Any:
-        table = dict(zip(self.cut.arguments, arguments, strict=False))
-        if self.cut.arguments[-1:] == ("retain",):
-            retain = table.setdefault("retain", False)
-            for name, position in self.cut.saved:
-                table[name] = table["saved"][position]
-            if not retain:  # from here on the table alone keeps what is still to be read
-                table["saved"][:] = [None] * len(table["saved"])
+        table = first_values(self.cut, *arguments)
         with torch.no_grad():
             self._run(table)
             return self.cut.finish(*(table[name] for name in self.cut.returned))
@@ -71,15 +65,27 @@ class StreamedPass:
         run = _Dispatch(self, table, share)
         if share != threads:
             torch.set_num_threads(share)
-        helpers = [_pool(lanes).submit(run.work, lane) for lane in range(1, lanes)]
+        helpers = [pool(lanes).submit(run.work, lane) for lane in range(1, lanes)]
         try:
             run.work(0)
         finally:
-            _join(helpers)
+            join(helpers)
             if share != threads:
                 torch.set_num_threads(threads)
         if run.failure is not None:
             raise run.failure
+
+
+def first_values(cut: Cut, *arguments: Any) -> dict[str, Any]:
+    """The values that are there before the first piece runs, by name."""
+    table = dict(zip(cut.arguments, arguments, strict=False))
+    if cut.arguments[-1:] == ("retain",):
+        retain = table.setdefault("retain", False)
+        for name, position in cut.saved:
+            table[name] = table["saved"][position]
+        if not retain:  # from here on the table alone keeps what is still to be read
+            table["saved"][:] = [None] * len(table["saved"])
+    return table
 
 
 class _Dispatch:
@@ -176,7 +182,8 @@ _helpers: tuple[int, int, ThreadPoolExecutor] | None = None
 _helpers_lock = threading.Lock()
 
 
-def _pool(lanes: int) -> ThreadPoolExecutor:
+def pool(lanes: int) -> ThreadPoolExecutor:
+    """The helpers of so many lanes; one lane is the caller's own thread."""
     global _helpers
     with _helpers_lock:
         if _helpers is None or _helpers[0] != os.getpid() or _helpers[1] < lanes - 1:
@@ -186,7 +193,7 @@ def _pool(lanes: int) -> ThreadPoolExecutor:
         return _helpers[2]
 
 
-def _join(helpers: list[Future[None]]) -> None:
+def join(helpers: list[Future[None]]) -> None:
     """Wait for the helpers that have started; those that have not found a free thread are called off."""
     started = [helper for helper in helpers if not helper.cancel()]
     wait(started)

@@ -36,7 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"compiler", "measured", "memory"}),
     frozenset({"artefact"}),
     frozenset({"runtime"}),
-    frozenset({"compile", "load"}),
+    frozenset({"compile", "load", "overlap"}),
     frozenset({"alignment", "check", "partition", "plan", "recalibrate", "representations", "step"}),
     frozenset({"captured_step", "model_spec", "onnx_training", "sweep", "training"}),
     frozenset({"training_records"}),

@@ -1,0 +1,403 @@
+"""Steps that overlap: `step.run(batches)` gives bit for bit what a loop over `step(x, y)` gives."""
+
+from __future__ import annotations
+
+import _thread
+import random
+import threading
+import time
+from collections import deque
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import graphlocal
+import zoo
+from graphlocal import overlap
+from graphlocal.errors import InputError, LocalTrainingError
+from graphlocal.rules import Backprop, RecLRA
+from graphlocal.targets.overlap import Lanes
+
+DOZEN = [
+    "mlp", "deep_mlp", "dropout_mlp", "tied_weight", "called_twice", "several_inputs_outputs", "nested_output",
+    "small_resnet", "inception", "unet", "transformer_dropout", "language_model", "gru_unrolled", "moving_average",
+]  # fmt: skip
+QUICK = {"deep_mlp", "dropout_mlp", "tied_weight", "several_inputs_outputs", "small_resnet", "gru_unrolled"}
+CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.exhaustive) for name in DOZEN]
+
+
+def compiled(name: str, rule=None, **options) -> graphlocal.LocalModule:
+    model = zoo.MODELS[name]
+    torch.manual_seed(0)
+    return graphlocal.compile(model.make(), example_inputs=model.example(), rule=rule or RecLRA(), **options)
+
+
+def stepper(name: str, local: graphlocal.LocalModule) -> graphlocal.step.TrainStep:
+    model = zoo.MODELS[name]
+    return graphlocal.train_step(local, lambda out, _: model.loss(out), torch.optim.Adam(local.parameters(), 1e-2))
+
+
+def state(local: graphlocal.LocalModule) -> dict:
+    return {key: value.clone() for key, value in local.state_dict().items()} | {"random": torch.get_rng_state()}
+
+
+def batches(name: str, count: int):
+    """Batches whose making draws random numbers."""
+    for _ in range(count):
+        example = zoo.MODELS[name].example()
+        yield tuple(x + 0.01 * torch.randn_like(x) if x.is_floating_point() else x for x in example), None
+
+
+def loop(name: str, local: graphlocal.LocalModule, count: int = 20) -> tuple[list, dict]:
+    step = stepper(name, local)
+    torch.manual_seed(3)
+    return [step(x, y) for x, y in batches(name, count)], state(local)
+
+
+def overlapped(name: str, local: graphlocal.LocalModule, count: int = 20, **options) -> tuple[list, dict]:
+    step = stepper(name, local)
+    torch.manual_seed(3)
+    return list(step.run(batches(name, count), **options)), state(local)
+
+
+def assert_same(found: tuple[list, dict], expected: tuple[list, dict]) -> None:
+    assert torch.equal(torch.stack(found[0]), torch.stack(expected[0]))
+    assert [key for key, value in expected[1].items() if not torch.equal(found[1][key], value)] == []
+
+
+@pytest.fixture
+def traced(monkeypatch) -> list:
+    """What ran on the lanes made from now on, as (batch, piece, when and where)."""
+    trace: list = []
+    make = Lanes.__init__
+    monkeypatch.setattr(
+        Lanes, "__init__", lambda self, streams: (make(self, streams), setattr(self, "trace", trace))[0]
+    )
+    return trace
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_twenty_steps_equal_the_loop_bit_for_bit(name, traced):
+    rule = RecLRA(error_weights="kp")
+    expected = loop(name, compiled(name, rule, target="lowered"))
+    assert_same(overlapped(name, compiled(name, rule, target="streams", streams=2 + DOZEN.index(name) % 3)), expected)
+    assert {batch for batch, piece, _ in traced if piece.startswith("F")} == set(range(1, 20))
+
+
+@pytest.mark.parametrize("name", ["deep_mlp", "tied_weight"])
+def test_backprop_overlaps_nothing_and_stays_the_same(name):
+    expected = loop(name, compiled(name, Backprop(), target="lowered"), 8)
+    assert_same(overlapped(name, compiled(name, Backprop(), target="streams"), 8), expected)
+
+
+def test_the_next_batch_enters_before_the_last_update(traced):
+    overlapped("deep_mlp", compiled("deep_mlp", target="streams", streams=2), 6)
+    last_update = max(ran.start for batch, piece, ran in traced if batch == 3 and "optimizer" in piece)
+    entered = min(ran.end for batch, piece, ran in traced if batch == 4 and piece == "F1")
+    assert entered < last_update
+    first = min(ran.end for batch, piece, ran in traced if batch == 3 and "U1 optimizer" in piece)
+    assert first <= min(ran.start for batch, piece, ran in traced if batch == 4 and piece == "F1")
+
+
+def slowed(monkeypatch, seconds: float) -> None:
+    """Let every piece sleep at random before and after it runs."""
+    generator = random.Random(0)
+    run = Lanes._run
+
+    def slow(self, flight, i, lane):
+        function = flight.cut.functions[i]
+        pause = generator.random() * seconds
+
+        def paused(*values):
+            time.sleep(pause)
+            results = function(*values)
+            time.sleep(seconds - pause)
+            return results
+
+        functions = (*flight.cut.functions[:i], paused, *flight.cut.functions[i + 1 :])
+        flight.cut = replace(flight.cut, functions=functions)
+        run(self, flight, i, lane)
+
+    monkeypatch.setattr(Lanes, "_run", slow)
+
+
+@pytest.mark.parametrize("name", ["several_inputs_outputs", "small_resnet", "dropout_mlp"])
+def test_random_delays_change_nothing(name, monkeypatch):
+    expected = loop(name, compiled(name, target="lowered"), 8)
+    slowed(monkeypatch, 0.001)
+    assert_same(overlapped(name, compiled(name, target="streams", streams=4), 8), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("dropout_mlp", 60), *(pytest.param(n, 2000, marks=pytest.mark.exhaustive) for n in ("residual_mlp", "unet"))],
+)
+def test_runs_with_random_numbers_of_lanes_that_are_broken_off_at_random(name, count, monkeypatch):
+    expected = loop(name, compiled(name, target="lowered"), count)
+    generator, make = random.Random(1), Lanes.__init__
+    monkeypatch.setattr(Lanes, "__init__", lambda self, _: make(self, generator.randint(1, 5)))
+    local = compiled(name, target="streams")
+    step, losses = stepper(name, local), []
+    torch.manual_seed(3)
+    while len(losses) < count:
+        for loss in step.run(batches(name, count - len(losses))):
+            losses.append(loss)
+            if generator.random() < 0.1:
+                break  # the batch that is ahead has drawn nothing, as far as one can tell
+    assert_same((losses, state(local)), expected)
+
+
+# The user's turn
+
+
+def test_at_every_loss_the_model_is_as_in_the_loop():
+    seen: list[list] = [[], []]
+    for states, options in zip(seen, ({"target": "lowered"}, {"target": "streams", "streams": 3}), strict=True):
+        local = compiled("moving_average", **options)
+        step = stepper("moving_average", local)
+        torch.manual_seed(3)
+        for _ in step.run(batches("moving_average", 6)):
+            states.append(state(local))
+    for mine, true in zip(*seen, strict=True):
+        assert [key for key in true if not torch.equal(mine[key], true[key])] == []
+
+
+def test_a_run_that_ends_early_leaves_the_model_after_the_last_loss():
+    states = []
+    for options in ({"target": "lowered"}, {"target": "streams"}):
+        local = compiled("small_resnet", **options)
+        torch.manual_seed(3)
+        for i, _ in enumerate(stepper("small_resnet", local).run(batches("small_resnet", 9))):
+            if i == 4:
+                break
+        states.append(state(local))
+    assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == []
+
+
+def test_changes_between_two_losses_count():
+    found = []
+    for options in ({"target": "lowered"}, {"target": "streams"}):
+        local = compiled("small_resnet", **options)
+        step, losses = stepper("small_resnet", local), []
+        torch.manual_seed(3)
+        data = [(zoo.MODELS["small_resnet"].example(), None) for _ in range(12)]
+        for i, loss in enumerate(step.run(data)):
+            losses.append(loss)
+            with torch.no_grad():
+                if i == 3:
+                    next(local.original.parameters()).mul_(0.5)
+                if i == 5:
+                    next(local.original.buffers()).add_(1)
+                if i == 7:
+                    step.optimizer.param_groups[0]["lr"] = 1e-3
+        found.append((losses, state(local)))
+    assert_same(found[1], found[0])
+
+
+def test_numbers_drawn_between_two_losses_go_to_the_next_dropout():
+    found = []
+    data = [(zoo.MODELS["dropout_mlp"].example(), None) for _ in range(8)]
+    for options in ({"target": "lowered"}, {"target": "streams"}):
+        local, losses = compiled("dropout_mlp", **options), []
+        torch.manual_seed(3)
+        for loss in stepper("dropout_mlp", local).run(data):
+            losses.append(loss)
+            torch.rand(3)
+        found.append((losses, state(local)))
+    assert_same(found[1], found[0])
+
+
+def test_numbers_drawn_between_two_losses_and_by_the_batches_are_refused():
+    run = stepper("mlp", compiled("mlp", target="streams")).run(batches("mlp", 9))
+    with pytest.raises(LocalTrainingError, match=r"torch\.Generator"):
+        [torch.rand(3) for _ in run]
+
+
+def test_evaluation_between_two_losses():
+    local = compiled("small_resnet", target="streams")
+    run = stepper("small_resnet", local).run(batches("small_resnet", 9))
+    for i, _ in zip(range(4), run, strict=False):
+        local.eval()
+        with torch.no_grad():
+            local(*zoo.MODELS["small_resnet"].example())
+        if i < 3:
+            local.train()
+    with pytest.raises(InputError, match="evaluation mode"):
+        next(run)
+
+
+def test_other_shapes_and_batches_in_one_memory():
+    """A loader that fills the same tensor again, and whose last batch is smaller."""
+    found = []
+    for options in ({"target": "lowered"}, {"target": "streams", "streams": 3}):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(layer for _ in range(5) for layer in (nn.Linear(16, 16), nn.Tanh())), nn.Linear(16, 3))
+        local = graphlocal.compile(model, example_inputs=torch.randn(8, 16), **options)
+        step = graphlocal.train_step(local, cross_entropy, torch.optim.SGD(local.parameters(), 0.1))
+
+        def loader():
+            memory, labels = torch.empty(8, 16), torch.arange(8) % 3
+            for i in range(20):
+                yield memory.normal_()[: 5 if i % 7 == 6 else 8], labels[: 5 if i % 7 == 6 else 8]
+
+        found.append((list(step.run(loader())), state(local)))
+    assert_same(found[1], found[0])
+
+
+# Failure
+
+
+def test_an_error_of_the_batches_comes_after_the_last_loss():
+    def failing():
+        yield from batches("deep_mlp", 4)
+        raise OSError("no such file")
+
+    expected = loop("deep_mlp", compiled("deep_mlp", target="lowered"), 4)
+    local, losses = compiled("deep_mlp", target="streams"), []
+    run = stepper("deep_mlp", local).run(failing())
+    torch.manual_seed(3)
+    with pytest.raises(OSError, match="no such file"):
+        losses.extend(run)
+    assert_same((losses, state(local)), expected)
+
+
+def test_a_batch_that_is_no_pair_is_refused_in_its_turn():
+    data = [(zoo.MODELS["mlp"].example(), None)] * 4
+    run = stepper("mlp", compiled("mlp", target="streams")).run([*data, (1, 2, 3)])
+    assert len([next(run) for _ in range(4)]) == 4
+    with pytest.raises(InputError, match="pairs"):
+        next(run)
+
+
+@pytest.mark.parametrize("piece", ["F3", "D4 U4", "U2 optimizer"])
+def test_an_error_in_a_piece_takes_back_what_is_ahead(piece, monkeypatch):
+    local = compiled("deep_mlp", target="streams", streams=3)
+    step = stepper("deep_mlp", local)
+    run, original = step.run(batches("deep_mlp", 30)), Lanes._run
+    for _ in range(4):
+        next(run)
+
+    def fails(self, flight, i, lane):
+        if flight.cut.pieces[i].name == piece and flight.step >= 6:
+            raise ZeroDivisionError("in a piece")
+        original(self, flight, i, lane)
+
+    monkeypatch.setattr(Lanes, "_run", fails)
+    with pytest.raises(ZeroDivisionError, match="in a piece"):
+        list(run)
+    assert list(run) == []
+    monkeypatch.undo()
+    assert len(list(step.run(batches("deep_mlp", 3)))) == 3
+
+
+def test_a_loss_that_is_not_a_number_stops_before_any_update():
+    model = zoo.MODELS["small_resnet"]
+    states = []
+    for options in ({"target": "lowered"}, {"target": "streams"}):
+        local = compiled("small_resnet", **options)
+        calls: list[int] = []
+
+        def loss(output, _, calls=calls):
+            calls.append(1)
+            return model.loss(output) * (float("nan") if len(calls) == 5 else 1)
+
+        step = graphlocal.train_step(local, loss, torch.optim.SGD(local.parameters(), 0.1))
+        torch.manual_seed(3)
+        with pytest.raises(LocalTrainingError, match="not a number"):
+            list(step.run(batches("small_resnet", 9)))
+        states.append(state(local))
+    assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == []
+
+
+def test_ctrl_c_stops_every_lane_and_takes_back_what_is_ahead(monkeypatch):
+    local = compiled("moving_average", target="streams", streams=3)
+    step = stepper("moving_average", local)
+    list(step.run(batches("moving_average", 2)))
+    slowed(monkeypatch, 0.01)
+    timer = threading.Timer(0.1, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        list(step.run(batches("moving_average", 500)))
+    timer.join()
+    before = state(local)
+    time.sleep(0.05)
+    assert [key for key, value in state(local).items() if not torch.equal(before[key], value)] == []
+    monkeypatch.undo()
+    assert len(list(step.run(batches("moving_average", 3)))) == 3
+
+
+# Staleness
+
+
+def stale_reference(name: str, local: graphlocal.LocalModule, count: int, staleness: int) -> tuple[list, dict]:
+    """The same order of passes one after another: forward passes `staleness` batches before their updates."""
+    model, step = zoo.MODELS[name], stepper(name, local)
+    torch.manual_seed(3)
+    source, ahead, losses = batches(name, count), deque(), []
+    for x, y in source:
+        leaves, spec = local._binder.flatten(x, {})
+        if not losses:  # the first batch is lowered, and trained on by itself
+            losses.append(step(x, y))
+            continue
+        ahead.append(local._forward_pass(list(leaves), spec, fused=True))
+        if len(ahead) > staleness:
+            losses.append(learn(step, model, *ahead.popleft()))
+    losses += [learn(step, model, *run) for run in ahead]
+    return losses, state(local)
+
+
+def learn(step, model, compiled_, run) -> torch.Tensor:
+    loss, errors = step._loss(compiled_, run.outputs, None)
+    with torch.no_grad():
+        run.error_pass(errors, lambda names, gradients: step._apply(compiled_, names, gradients))
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("name", "staleness"),
+    [
+        ("deep_mlp", 1), ("small_resnet", 2), ("dropout_mlp", 3),
+        *(pytest.param(n, k, marks=pytest.mark.exhaustive) for n in ("unet", "moving_average") for k in (1, 2, 5)),
+    ],
+)  # fmt: skip
+def test_staleness_is_one_order_of_passes_whatever_the_lanes(name, staleness, monkeypatch):
+    expected = stale_reference(name, compiled(name, target="lowered"), 12, staleness)
+    slowed(monkeypatch, 0.0003)
+    for streams in (1, 3):
+        local = compiled(name, target="streams", streams=streams)
+        assert_same(overlapped(name, local, 12, staleness=staleness), expected)
+
+
+def test_forward_passes_run_ahead_by_as_much_as_is_allowed(traced):
+    overlapped("deep_mlp", compiled("deep_mlp", target="streams"), 9, staleness=2)
+    for batch in range(1, 7):
+        begun = min(ran.start for b, piece, ran in traced if b == batch + 2 and piece == "F1")
+        updated = min(ran.start for b, piece, ran in traced if b == batch and "optimizer" in piece)
+        late = min(ran.start for b, piece, ran in traced if b == batch + 3 and piece == "F1") if batch < 6 else updated
+        assert begun < updated <= late
+
+
+@pytest.mark.parametrize("staleness", [-1, 1.0, True, 65])
+def test_a_staleness_that_can_not_be_is_refused(staleness):
+    with pytest.raises(InputError, match="staleness"):
+        stepper("mlp", compiled("mlp", target="streams")).run([], staleness=staleness)
+
+
+def test_staleness_needs_steps_that_overlap():
+    with pytest.raises(InputError, match='target="streams"'):
+        stepper("mlp", compiled("mlp")).run([], staleness=1)
+
+
+def test_every_target_and_rule_runs_batches():
+    for options in ({"rule": "auto"}, {"target": "eager"}):
+        found = []
+        for run in (False, True):
+            local = compiled("mlp", **options)
+            found.append((overlapped if run else loop)("mlp", local, 4))
+        assert_same(found[1], found[0])
+    assert overlap.MOST_STALENESS == 64
+    with pytest.raises(InputError, match="pairs"):
+        stepper("mlp", compiled("mlp")).run(3)
