@@ -1,8 +1,8 @@
 """Peak memory of a training step: backpropagation, with gradient checkpointing, and the fused local step.
 
-Counted is what a step needs over what lives between steps (parameters, buffers, E, the optimizer's state): activations,
-errors, gradients, the loss. On a CPU the bytes of all tensors that live at one time, on a GPU by CUDA's allocator, which
-counts workspaces too. The same model, batch and Adam (torch's fused kernels) each time; the third step is measured.
+Counted is what a step needs over what lives between steps (parameters, buffers, E, optimizer): activations,
+errors, gradients, the loss. On a CPU the bytes of all tensors that live at one time; on a GPU by CUDA's allocator,
+which counts workspaces too. The same model, batch and Adam (torch's fused kernels) each time; the third step counts.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def mb(size: int) -> str:
     return f"{size / 1e6:.1f}"
 
 
-def plot(found: list[Found]) -> None:
-    """Bars of the peaks, relative to backprop's, as benchmarks/results/memory.png."""
-    with report.picture("memory", 11, 4) as axes:
+def plot(found: list[Found], name: str) -> None:
+    """Bars of the peaks, relative to backprop's, as a picture beside the table."""
+    with report.picture(name, 11, 4) as axes:
         for k, way in enumerate(WAYS):
             heights = [f.peaks[way] / f.peaks["backprop"] for f in found]
             axes.bar([i + 0.2 * (k - 1.5) for i in range(len(found))], heights, 0.19, label=way)
@@ -127,14 +127,15 @@ def main() -> None:
     header += [f"predicted: {way}, MB" for way in WAYS[2:]]
     notes = (
         "Peak of a step over what lives between steps, and in brackets its ratio to backprop's, with E added on "
-        "rec-lra's side. Partition auto, rec-lra at depth 1. Checkpointing works on the blocks; a Sequential is cut into "
-        "about as many segments as each has layers. Predicted: by the training graph's liveness, without the loss's own "
-        "values. `recomputed`: `graphlocal.compile(..., recompute=True)`."
+        "rec-lra's side. Partition auto, rec-lra at depth 1. Checkpointing works on the blocks; a Sequential is cut "
+        "into about as many segments as each has layers. Predicted: by the training graph's liveness, without what "
+        "the loss itself keeps. `recomputed`: `graphlocal.compile(..., recompute=True)`."
     )
     suffix = "" if arguments.device == "cpu" else f"_{arguments.device}_{arguments.dtype}"
-    plot(found)
-    tables = [report.table(header, [row(f) for f in found]), "![peaks](memory.png)"]
-    report.write(f"memory{suffix}", "Memory of a training step", "python -m benchmarks.memory", tables, notes)
+    plot(found, f"memory{suffix}")
+    tables = [report.table(header, [row(f) for f in found]), f"![peaks](memory{suffix}.png)"]
+    report.write(f"memory{suffix}", "Memory of a training step", " ".join(["python -m benchmarks.memory", *sys.argv[1:]]),
+                 tables, notes)  # fmt: skip
 
 
 if __name__ == "__main__":

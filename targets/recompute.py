@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from graphlocal.targets.accesses import annotate
+from graphlocal.targets.simplify import VIEWS
 from graphlocal.targets.training_graph import ROOTS, TrainingGraph, assemble
 
 aten = torch.ops.aten
@@ -163,20 +164,36 @@ class _Recomputation:
             self._read(consumer, partial(self._elementwise, kept=kept, consumer=consumer))
 
     def _elementwise(self, node: fx.Node, kept: set[fx.Node], consumer: fx.Node) -> fx.Node:
-        if node not in kept or not self._is_elementwise(node) or node.all_input_nodes[0] not in kept:
+        """The node, or a copy that is made of another value that is kept."""
+        chain = self._chain(node, kept)
+        if not chain or node in self.returned:
             return node
-        key = self._key(node, consumer)
-        if key not in self.again:
-            self.again[key] = self._copy(node, lambda other: self._elementwise(other, kept, consumer), consumer)
-        return self.again[key]
+        source = self._elementwise(chain[-1].all_input_nodes[0], kept, consumer)
+        for link in reversed(chain):
+            key = self._key(link, consumer)
+            if key not in self.again:
+                self.again[key] = self._copy(link, lambda _, source=source: source, consumer)  # type: ignore[misc]
+            source = self.again[key]
+        return source
 
-    def _is_elementwise(self, node: fx.Node) -> bool:
-        """Whether a node is a large elementwise function of one value, that nothing else than the error pass keeps."""
-        if node in self.returned or len(node.all_input_nodes) != 1 or self._fixed(node):
+    def _chain(self, node: fx.Node, kept: set[fx.Node]) -> list[fx.Node]:
+        """The functions of one value that lead from a kept value to this one; empty if nothing would be gained."""
+        chain: list[fx.Node] = []
+        while node in self.position and (node not in kept or not chain) and self._is_light(node):
+            chain.append(node)
+            node = node.all_input_nodes[0]
+        makes_new = any(self._is_large(link) for link in chain if link.target not in VIEWS)
+        return chain if node in kept and makes_new else []
+
+    def _is_light(self, node: fx.Node) -> bool:
+        """Whether a node is a view or an elementwise function of one value."""
+        if not isinstance(node.target, torch._ops.OpOverload) or len(node.all_input_nodes) != 1 or self._fixed(node):
             return False
+        return node.target in VIEWS or torch.Tag.pointwise in node.target.tags
+
+    def _is_large(self, node: fx.Node) -> bool:
         value: Any = node.meta.get("val")
-        large = isinstance(value, Tensor) and value.numel() * value.element_size() >= self.small
-        return large and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+        return isinstance(value, Tensor) and value.numel() * value.element_size() >= self.small
 
 
 def _action(node: fx.Node) -> str:
