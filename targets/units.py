@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy
 from graphlocal.errors import InputError
 from graphlocal.ir import LocalGraph, Operation, Subgraph
 from graphlocal.rules import Backprop, Rule
+from graphlocal.rules.base import normalizes
 
 
 class ShortCircuit(torch.autograd.Function):
@@ -71,7 +72,6 @@ _ACTIVATIONS = re.compile(
     r"aten\.(relu6?|leaky_relu|r?relu|elu|selu|celu|gelu|silu|mish|tanh|sigmoid|log_sigmoid|hardtanh|hardsigmoid|hardswish"
     r"|softplus|threshold)\."
 )
-_NORMALIZATIONS = re.compile(r"aten\.(\w*batch_norm|instance_norm|layer_norm|group_norm|rms_norm)\b")
 
 
 def passed_operations(graph: LocalGraph, subgraph: Subgraph, rule: Rule) -> frozenset[str]:
@@ -88,7 +88,7 @@ def passed_operations(graph: LocalGraph, subgraph: Subgraph, rule: Rule) -> froz
 
 def passes(op: Operation) -> bool:
     """Whether an operation is an activation function or a normalization."""
-    return bool((op.pointwise and _ACTIVATIONS.match(op.target)) or _NORMALIZATIONS.match(op.target))
+    return bool((op.pointwise and _ACTIVATIONS.match(op.target)) or normalizes(op))
 
 
 def _sigmoid_slope(x: Tensor) -> Tensor:

@@ -328,3 +328,18 @@ def test_options_out_of_range_are_refused(options):
     (name,) = options
     with pytest.raises(InputError, match=name):
         Calibrated(**options)
+
+
+def test_leaves_that_normalize_hand_errors_down_by_their_own_derivative():
+    """Fitted through a BatchNorm, errors are far from the gradient, however well they are fitted."""
+    torch.manual_seed(0)
+    conv = lambda: (nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())  # noqa: E731
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), *conv(), *conv(), nn.Flatten(), nn.Linear(384, 3)).double()
+    x, y = torch.rand(64, 1, 8, 8, dtype=torch.float64), torch.randint(3, (64,))
+    local = graphlocal.compile(model, example_inputs=(x,), rule=Calibrated(every=1), partition="leaf")
+    kinds = {c.target: c.kind for c in local.graph.connections}
+    assert kinds == {"0": "feedback", "1": "vjp", "2": "feedback", "4": "vjp", "5": "vjp", "8": "loss"}
+    local.calibrating = True
+    F.cross_entropy(local(x), y).backward()
+    aligned = graphlocal.alignment(local, (x,), lambda output: F.cross_entropy(output, y))
+    assert max(aligned.by_subgraph.values()) < 45

@@ -11,7 +11,7 @@ import graphlocal
 import zoo
 from graphlocal.errors import InputError
 from graphlocal.feedback import weight_names
-from graphlocal.rules import LRAFeedback
+from graphlocal.rules import LRADiff, LRAFeedback
 
 DOUBLE = torch.float64
 WHOLE = {"feedback_share": 10.0, "feedback_total": 10.0}
@@ -69,6 +69,30 @@ def test_updates_equal_the_transcription(local_loss, c1, c2):
         torch.testing.assert_close(model.get_parameter(name).grad, update, rtol=1e-9, atol=1e-13, msg=name)
 
 
+SUMMED = {
+    "lra-fdbk": lambda reduction: LRAFeedback(beta=0.3, c1=None, c2=0.1, reduction=reduction, **WHOLE),
+    "halting": lambda reduction: LRAFeedback(c1=None, c2=0.1, epsilon=0.05, reduction=reduction, **WHOLE),
+    "lra-diff": lambda reduction: LRADiff(beta=0.3, c1=None, c2=0.1, reduction=reduction),
+    "several steps": lambda reduction: LRADiff(beta=0.3, c1=None, c2=0.1, steps=3, reduction=reduction),
+}
+
+
+@pytest.mark.parametrize("make", SUMMED.values(), ids=list(SUMMED))
+def test_a_loss_that_is_summed_gives_the_sum_of_the_samples_updates(make):
+    """Targets are set by the error of each sample, which bounds and losses make no linear function of it."""
+    found = {}
+    x = torch.randn(4, 5, dtype=DOUBLE)
+    for reduction in ("mean", "sum"):
+        torch.manual_seed(7)
+        model = perceptron()
+        local = graphlocal.compile(model, example_inputs=(x,), rule=make(reduction), partition="leaf")
+        losses = local(x).square().mean(1)
+        getattr(losses, reduction)().backward()
+        found[reduction] = {name: p.grad for name, p in model.named_parameters()}
+    for name, mean in found["mean"].items():
+        torch.testing.assert_close(found["sum"][name], 4 * mean, rtol=1e-9, atol=1e-13, msg=name)
+
+
 def test_every_subgraph_gets_its_displacement_from_those_that_read_it():
     local = graphlocal.compile(perceptron(), example_inputs=(torch.randn(4, 5, dtype=DOUBLE),), rule="lra-fdbk")
     assert [(c.source, c.target) for c in local.graph.connections if c.kind == "feedback"] == [("2", "0"), ("4", "2")]
@@ -97,7 +121,12 @@ def test_the_standard_deviation_of_the_maps_is_sigma():
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"local_loss": "l3"}, "local_loss='l3'"), ({"beta": 0}, "beta=0"), ({"c2": -1.0}, r"c2=-1\.0")],
+    [
+        ({"local_loss": "l3"}, "local_loss='l3'"),
+        ({"beta": 0}, "beta=0"),
+        ({"c2": -1.0}, r"c2=-1\.0"),
+        ({"reduction": "none"}, "reduction='none'"),
+    ],
 )
 def test_options_out_of_range_are_refused(options, said):
     with pytest.raises(InputError, match=said):

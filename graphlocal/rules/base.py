@@ -8,6 +8,7 @@ fields are their options. Everything else (shapes, autograd, schedules, optimize
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields, is_dataclass
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from graphlocal.ir import OUTPUT, Connection, LocalGraph
+from graphlocal.ir import OUTPUT, Connection, LocalGraph, Operation
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,14 @@ class Rule(ABC):
     def project(self, update: Tensor) -> Tensor:
         """A last change to a parameter's update, such as a bound on its norm."""
         return update
+
+
+_NORMALIZATIONS = re.compile(r"aten\.(\w*batch_norm|instance_norm|layer_norm|group_norm|rms_norm)\b")
+
+
+def normalizes(op: Operation) -> bool:
+    """Whether an operation is a normalization."""
+    return _NORMALIZATIONS.match(op.target) is not None
 
 
 def loss_connections(graph: LocalGraph) -> tuple[Connection, ...]:

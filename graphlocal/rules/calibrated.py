@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import networkx as nx
 
 from graphlocal.errors import InputError
-from graphlocal.ir import Connection, LocalGraph
-from graphlocal.rules.base import Calibration, Rule, features, loss_connections, vjp_connections
+from graphlocal.ir import Connection, LocalGraph, Operation
+from graphlocal.rules.base import Calibration, Rule, features, loss_connections, normalizes, vjp_connections
 from graphlocal.rules.wiring import feedback_connection, values_from_parameters
 from graphlocal.verify import learning_values
 
@@ -31,8 +32,10 @@ class Calibrated(Rule):
     where E would read more values than this for each position. forgetting, ridge, rows: of the regression; rows
     bounds how many positions a step takes into it.
 
-    Cut between blocks: with `partition="leaf"` it learned badly on convnets with BatchNorm, and its chain of maps is
-    longer than backpropagation's.
+    A subgraph that does nothing but normalize (`partition="leaf"` makes such) hands its error down by its own
+    derivative: that takes the mean and the part along the output out of an error, which no linear map can, and one
+    such map through a BatchNorm is 60 degrees off. Cut between blocks all the same where you can: the chain of maps
+    between leaves is longer than backpropagation's.
 
     Each value keeps the second moments of what its maps read, (inputs x inputs) numbers. E starts at zero and is
     fitted in the first step. Raises InputError for options out of range.
@@ -81,16 +84,21 @@ class Calibrated(Rule):
                     continue
                 readers = [r.name for r in graph.readers.get(value, ()) if r.name in graph.neuron]
                 below = [name for name in readers if (name, value) not in wired]
-                if self.wiring == "skip" and below and neuron.subgraph not in sources:
+                normalized = all(_only_normalizes(graph, name, value) for name in below)
+                if self.wiring == "skip" and below and not normalized and neuron.subgraph not in sources:
                     below = _above(graph, sources, neuron.subgraph) or below
                 for source in below:
                     connections.update(dict.fromkeys(self._maps(graph, source, neuron.subgraph, value)))
         return tuple(connections)
 
     def _maps(self, graph: LocalGraph, source: str, target: str, value: str) -> list[Connection]:
-        """The maps from all errors of one subgraph to a value; its own derivative where a size is not fixed."""
+        """The maps from all errors of one subgraph to a value.
+
+        Its own derivative where a size is not fixed, or where all it does is to normalize.
+        """
         sources = graph.neuron[source].values
-        if not all(isinstance(features(graph, v), int) for v in (value, *sources)):
+        fixed = all(isinstance(features(graph, v), int) for v in (value, *sources))
+        if not fixed or _only_normalizes(graph, source, value):
             return [c for c in vjp_connections(graph, source) if (c.target, c.value) == (target, value)]
         drawn = [feedback_connection(graph, source, v, target, value, depth=1) for v in sources]
         return [replace(c, fitted=True, window=self._window(graph, c)) for c in drawn]
@@ -131,6 +139,22 @@ def _output_error(graph: LocalGraph) -> tuple[list[Connection], set[str]]:
                 pending.append(target)
     known = {c.name for c in connections}
     return [*connections, *(c for c in values_from_parameters(graph) if c.name not in known)], set(pending)
+
+
+def _only_normalizes(graph: LocalGraph, source: str, value: str) -> bool:
+    """Whether a subgraph reads the value, and all it does is to normalize, to add, and what is elementwise."""
+    subgraph = graph.subgraph[source]
+    operations = [graph.operation[name] for name in subgraph.operations if not _counts(graph.operation[name])]
+    cheap = all(normalizes(op) or op.pointwise or _ADDS.match(op.target) for op in operations)
+    return value in subgraph.inputs and cheap and any(map(normalizes, operations))
+
+
+def _counts(op: Operation) -> bool:
+    """Whether an operation computes no floats, such as the number of batches that a BatchNorm saw."""
+    return op.type is not None and not op.type.is_float
+
+
+_ADDS = re.compile(r"aten\.(add|dropout|feature_dropout)\b")
 
 
 def _above(graph: LocalGraph, sources: list[str], name: str) -> list[str]:
