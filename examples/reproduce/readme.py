@@ -51,14 +51,13 @@ REMARKS = {
     "lra_null": "Backpropagation can't leave the start, because a layer between zero weights gets no gradient; "
     "feedback maps are not zero. One epoch is short: softplus leaves the plateau in the second only, and Bernoulli "
     "units and LWTA are still on their way.",
-    "lra_discrete": "A sign directly on a linear layer saturates nothing, and the local rules have no smooth function "
-    "to set a target for; on a tanh they are ahead of both estimators. Bernoulli units learn better by local rules than "
-    "by the straight-through estimator, and about as well as by the sigmoid-adjusted one. `lra-fdbk` fails on LWTA, "
-    "where three of four units give zero.",
-    "reclra_cifar": "Both nets are far from what longer training gives, and rec-LRA is ten points behind: see above. "
-    'Fitted feedback (`rule="auto"`, with one step in ten of backpropagation) closes most of the gap.',
-    "reclra_confusion": "The means of the classes agree within the spread of the seeds; both ways take shirts for other "
-    "tops, and the spread of single classes is as large as their difference.",
+    "lra_discrete": "A sign directly on a linear layer leaves the local rules no smooth function to set a target for; "
+    "on a tanh they are ahead of the straight-through estimator, and level with the slope-adjusted one. So they are "
+    "with Bernoulli units, nearly. `lra-fdbk` is far behind on LWTA; we don't know why.",
+    "reclra_cifar": "Both nets are far from what longer training gives. rec-LRA is seven to eleven points behind, as "
+    'said above; fitted feedback (`rule="auto"`, with one step in ten of backpropagation) is within two.',
+    "reclra_confusion": "The means of the classes agree within the spread of the seeds; both ways take shirts for "
+    "other tops. What single classes differ by is as large as the spread.",
 }
 """What a table shows, or why a number falls short."""
 INTRODUCTION = f"""# The papers' tables, reproduced
