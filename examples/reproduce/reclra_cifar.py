@@ -98,13 +98,11 @@ def measure(run: Run) -> Table:
 NOTES = (
     "Test error in per cent. {size}. A stem with stride 2, {depth} residual blocks of width {width} and as many of "
     "twice that, BatchNorm, Adam 1e-3, batches of 50, no augmentation, partition 'auto'. Perturbative layers have "
-    "fixed noise maps (four for each channel, standard deviation 0.1) and learn mixing weights alone, so that a "
-    "pixel sees another in the stem and by pooling only. The pictures were coded as JPEG again, so these numbers "
-    "compare with each other "
-    'only. The paper\'s number is that which J.-E. Yao, H.-E. Chen and C.-C. J. Kuo, "HCL-FF", table 1, cite from it '
-    "(93.88 % correct, of the original pictures, by a net and a training many times as large). Random feedback "
-    "carries no place in the image, which is what rec-LRA loses on convolutions; `Calibrated()` fits its feedback "
-    "maps."
+    "fixed noise maps (four for each channel, standard deviation 0.1) and learn mixing weights alone, so that a pixel "
+    "sees another in the stem and by pooling only. The coding as JPEG loses a little, so these numbers compare with "
+    'each other only. The paper\'s number is that which J.-E. Yao, H.-E. Chen and C.-C. J. Kuo, "HCL-FF", table 1, '
+    "cite from it (93.88 % correct, of the original pictures). Random feedback carries no place in the image, which is "
+    "what rec-LRA loses on convolutions; `Calibrated()` fits its feedback maps."
 )
 EXPERIMENT = Experiment(
     "reclra_cifar",

@@ -43,7 +43,7 @@ def drawn(matrices: dict[str, Tensor], classes: tuple[str, ...]) -> Figure:
         share = 100 * matrix / matrix.sum(1, keepdim=True).clamp_min(1)
         axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
         for (row, column), value in numpy.ndenumerate(share.numpy()):
-            if value >= 0.5:
+            if value > 0.5:
                 color = "white" if value > 50 else "black"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
         axes.set(title=name, xlabel="taken for")
@@ -66,7 +66,7 @@ def measure(run: Run) -> Table:
     table = Table(
         ("class", "quantity"),
         f"784-3×256-10 tanh, {RULE}, Adam 5e-4, batches of 32; {run.described(data)}. The picture sums over the "
-        "seeds; its numbers are per cent of a class, from 0.5 on.",
+        "seeds; its numbers are per cent of a class, above 0.5.",
     )
     for quantity, of in (("precision %", precision), ("recall %", recall)):
         values = {name: torch.stack([of(matrix) for matrix in runs]) for name, runs in found.items()}
