@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_onnx_step import Batches, adam, distance, next_token, of_tokens, of_vectors, pair, slow_sgd
+from onnx_steps import Batches, adam, distance, next_token, of_tokens, of_vectors, pair, slow_sgd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
