@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from graphlocal.preserve import preserved
 from graphlocal.targets.accesses import annotate
@@ -39,18 +39,19 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 class Passes:
     """forward(*leaves) -> (outputs, saved); error(saved, errors, [apply,] retain).
 
-    taken: for which outputs `error` must be given one; None if any will do. graphs: both, for target="streams".
+    taken: for which outputs `error` must be given one; None if any will do. lowered: what they were made from, if
+    they are fused and for target="streams".
     """
 
     forward: Callable[..., Any]
     error: Callable[..., Any]
     taken: tuple[bool, ...] | None = None
-    graphs: tuple[fx.GraphModule, fx.GraphModule] | None = None
+    lowered: TrainingGraph | None = None
 
     @cached_property
     def overlap(self) -> Overlap | None:
         """The fused passes in pieces that may overlap with other steps', where that can be."""
-        return None if self.graphs is None else overlap(*self.graphs)
+        return None if self.lowered is None else overlap(self.lowered)
 
 
 class Execution:
@@ -134,7 +135,10 @@ class Execution:
             lowered, plain = self._batched(lowered, plain, leaves)
         if self.target == "inductor":
             return self._by_inductor(lowered, fused)
-        return self._passes_of(with_updates(lowered)) if fused else plain
+        if not fused:
+            return plain
+        passes = self._passes_of(with_updates(lowered))
+        return replace(passes, lowered=lowered) if self.target == "streams" else passes
 
     def lowered(self, leaves: Sequence[Any]) -> TrainingGraph:
         """The lowered training graph, without the values that the error pass works out again.
@@ -169,7 +173,7 @@ class Execution:
         forward, error = split(lowered)
         if self.target == "streams":
             streams = self.compiled.streams
-            return Passes(streamed(forward, streams), streamed(error, streams), self.taken, (forward, error))
+            return Passes(streamed(forward, streams), streamed(error, streams), self.taken)
         return Passes(torch.no_grad()(flatten(forward)), torch.no_grad()(flatten(error)), self.taken)
 
     def _by_inductor(self, lowered: TrainingGraph, fused: bool) -> Passes:

@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
@@ -23,13 +24,22 @@ from graphlocal.execution import Run
 from graphlocal.runtime import LocalModule, require_finite, update_norms
 from graphlocal.targets.overlap import Flight, Lanes, Overlap, Part, Waits, task, tensors
 
-if TYPE_CHECKING:
-    from graphlocal.step import TrainStep
-
 MOST_STALENESS = 64
 
 
-def overlapped(step: TrainStep, batches: Iterable[tuple[Any, Any]], staleness: int) -> Iterator[Tensor]:
+class Step(Protocol):
+    """A fused training step; `graphlocal.step.TrainStep` is one."""
+
+    local: LocalModule
+
+    def __call__(self, x: Any, y: Any) -> Tensor: ...
+
+    def _loss(self, compiled: Compiled, outputs: Any, y: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]: ...
+
+    def _apply(self, compiled: Compiled, names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None: ...
+
+
+def overlapped(step: Step, batches: Iterable[tuple[Any, Any]], staleness: int) -> Iterator[Tensor]:
     """The losses of training steps on the batches; see `TrainStep.run`."""
     options = step.local.options
     overlaps = options.target == "streams" and options.rule.engine == "schedule" and options.rule.calibration is None
@@ -89,7 +99,7 @@ class _Run:
     is not over. presented: whether the user's code has the word.
     """
 
-    def __init__(self, step: TrainStep, batches: Iterable[Any], staleness: int) -> None:
+    def __init__(self, step: Step, batches: Iterable[Any], staleness: int) -> None:
         self.step, self.local, self.most = step, step.local, staleness + 1
         self.batches = iter(batches)
         self.lanes = Lanes(step.local.options.streams)
@@ -202,6 +212,7 @@ class _Run:
         run.outputs, run.saved = started.flight.result()
         with torch.enable_grad():
             loss, errors = self.step._loss(started.compiled, run.outputs, head.y)
+        errors = _apart(errors, head)
         norms: dict[str, Tensor] = {}
 
         def apply(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
@@ -280,6 +291,12 @@ class _Run:
             new.started = self._started(new)
             self._enter(new)
         self._ask()
+
+
+def _apart(errors: tuple[Tensor | None, ...], ahead: _Ahead) -> tuple[Tensor | None, ...]:
+    """Errors in memory of their own: who fetches the next batch may fill that of this one."""
+    given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((ahead.x, ahead.y)) if isinstance(x, Tensor)}
+    return tuple(e.clone() if e is not None and e.untyped_storage()._cdata in given else e for e in errors)
 
 
 def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:

@@ -1,7 +1,8 @@
 """Which memory each node of a lowered training graph reads and writes; what must stay in program order follows.
 
-Memory is named by **roots**: the storage of a parameter, buffer or feedback map, the arguments of the step (one root,
-they may overlap), the generator of random numbers, and every result that is not a view of something older.
+Memory is named by **roots**: the storage of a parameter, buffer or feedback map, the model's arguments (one root,
+they may overlap), what the loss hands over, the generator of random numbers, and every result that is not a view of
+something older.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def annotate(training: TrainingGraph) -> None:
 
 def _access(node: fx.Node, known: dict[fx.Node, Access], training: TrainingGraph) -> Access:
     if node.op == "placeholder":
-        return Access(result=frozenset({ARGUMENTS}))
+        return Access(result=frozenset({"the loss" if node.name in ("loss", "apply", "retain") else ARGUMENTS}))
     if node.op == "get_attr":
         return Access(result=frozenset({_storage(training.module, str(node.target))}))
     read = _union(known[argument].result for argument in node.all_input_nodes)

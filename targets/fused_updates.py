@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -11,15 +12,17 @@ from graphlocal.targets.simplify import VIEWS
 from graphlocal.targets.training_graph import ROOTS, TrainingGraph, assemble
 
 
-def with_updates(training: TrainingGraph) -> TrainingGraph:
+def with_updates(training: TrainingGraph, label: Callable[[str], str] = str) -> TrainingGraph:
     """A lowered training graph that takes `apply` after `loss`, and calls it instead of returning gradients.
 
     `apply(names, gradients)` is called for the parameters of a subgraph together, after the last operator that
-    reads any of them.
+    reads any of them. label: what to write for each action; parameters whose actions get one label go together.
     """
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     returned: Any = graph.graph_copy(training.module.graph, copied)
+    for node in graph.nodes:
+        node.meta["action"] = label(node.meta.get("action") or "")
     (retain,) = (node for node in graph.find_nodes(op="placeholder") if node.name == "retain")
     with graph.inserting_before(retain):
         apply = graph.placeholder("apply")

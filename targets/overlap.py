@@ -14,7 +14,7 @@ import heapq
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphlocal.targets.accesses import ARGUMENTS, RANDOM, Access, outlives
+from graphlocal.targets.accesses import ARGUMENTS, RANDOM, Access, annotate, outlives
+from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.pieces import Cut, Piece, cut
+from graphlocal.targets.stacking import Stacking
 from graphlocal.targets.streams import Ran, first_values, join, pool, release
+from graphlocal.targets.training_graph import TrainingGraph, split
 
 Waits = Sequence[frozenset[int]]
 """For each piece of a pass, the places of another pass's pieces that it waits for."""
@@ -91,15 +94,48 @@ class Overlap:
     error: Part
 
 
-def overlap(forward: fx.GraphModule, error: fx.GraphModule) -> Overlap | None:
-    """The passes of a lowered fused training graph that was annotated, or None where they can't overlap.
+LEAST = 1e-3
+"""Seconds, by estimate, of the actions of neighbouring subgraphs that make one piece: changing lanes costs, too."""
+
+
+def overlap(lowered: TrainingGraph) -> Overlap | None:
+    """The passes of a lowered training graph, fused and in pieces, or None where they can't overlap.
 
     That is on a GPU, and where the error pass writes what the forward pass writes too (running statistics).
     """
+    training = with_updates(lowered, _neighbours(lowered))
+    annotate(training)
+    forward, error = split(training)
     devices = {tensor.device.type for tensor in (*forward.parameters(), *forward.buffers())}
     found = Overlap(Part(cut(forward, join=False)), Part(cut(error, first=_lowest)))
     shared = found.forward.written & found.error.written
     return None if devices != {"cpu"} or shared or not found.forward.cut.pieces else found
+
+
+def _neighbours(lowered: TrainingGraph) -> Callable[[str], str]:
+    """New labels for actions: of neighbouring subgraphs the same, as far as they are too small for pieces."""
+    nodes: defaultdict[int, list[fx.Node]] = defaultdict(list)
+    for node in lowered.module.graph.nodes:
+        action = node.meta.get("action") or ""
+        if action[1:].isdigit():
+            nodes[int(action[1:])].append(node)
+    ends: dict[int, tuple[int, int]] = {}
+    group: list[int] = []
+    seconds = 0.0
+    for number in sorted(nodes):
+        group.append(number)
+        seconds += Stacking().seconds(nodes[number])
+        ends |= dict.fromkeys(group, (group[0], number))
+        if seconds >= LEAST:
+            group, seconds = [], 0.0
+
+    def label(action: str) -> str:
+        low, high = ends.get(int(action[1:]), (0, 0)) if action[1:].isdigit() else (0, 0)
+        if low == high:
+            return action
+        return f"F{low}-F{high}" if action[0] == "F" else f"D{low}-U{high}"
+
+    return label
 
 
 _ACTION = re.compile(r"[DU](\d+)")
@@ -134,7 +170,11 @@ class Flight:
 def task(function: Callable[[], None], step: int) -> Flight:
     """A function for the caller's thread, as a pass of one piece."""
     piece = Piece(f"batch {step}", (), True)
-    call = lambda: (function(), ())[1]  # noqa: E731
+
+    def call() -> tuple[Any, ...]:
+        function()
+        return ()
+
     return Flight(Part(Cut((), (), (piece,), (frozenset(),), (call,), (), lambda: None)), (), step, own=True)
 
 

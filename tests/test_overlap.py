@@ -68,6 +68,12 @@ def assert_same(found: tuple[list, dict], expected: tuple[list, dict]) -> None:
     assert [key for key, value in expected[1].items() if not torch.equal(found[1][key], value)] == []
 
 
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch) -> None:
+    """One piece for each action, however small."""
+    monkeypatch.setattr("graphlocal.targets.overlap.LEAST", 0.0)
+
+
 @pytest.fixture
 def traced(monkeypatch) -> list:
     """What ran on the lanes made from now on, as (batch, piece, when and where)."""
@@ -94,12 +100,29 @@ def test_backprop_overlaps_nothing_and_stays_the_same(name):
 
 
 def test_the_next_batch_enters_before_the_last_update(traced):
-    overlapped("deep_mlp", compiled("deep_mlp", target="streams", streams=2), 6)
+    overlapped("deep_mlp", compiled("deep_mlp", target="streams", streams=1), 6)  # one lane: an order without chance
     last_update = max(ran.start for batch, piece, ran in traced if batch == 3 and "optimizer" in piece)
     entered = min(ran.end for batch, piece, ran in traced if batch == 4 and piece == "F1")
     assert entered < last_update
     first = min(ran.end for batch, piece, ran in traced if batch == 3 and "U1 optimizer" in piece)
     assert first <= min(ran.start for batch, piece, ran in traced if batch == 4 and piece == "F1")
+
+
+def test_two_lanes_work_on_two_batches_at_one_time(traced, monkeypatch):
+    slowed(monkeypatch, 0.003)
+    overlapped("deep_mlp", compiled("deep_mlp", target="streams", streams=2), 6)
+    forward = [ran for batch, piece, ran in traced if batch == 4 and piece.startswith("F")]
+    learning = [ran for batch, piece, ran in traced if batch == 3 and piece.startswith("D")]
+    assert any(f.lane != d.lane and f.start < d.end and d.start < f.end for f in forward for d in learning)
+
+
+def test_small_neighbours_are_one_piece(traced, monkeypatch):
+    monkeypatch.setattr("graphlocal.targets.overlap.LEAST", 1.5e-4)
+    expected = loop("deep_mlp", compiled("deep_mlp", target="lowered"), 6)
+    assert_same(overlapped("deep_mlp", compiled("deep_mlp", target="streams"), 6), expected)
+    names = {piece for batch, piece, _ in traced if batch == 3 and piece.startswith(("F", "D"))}
+    assert 2 <= len([name for name in names if name.startswith("F")]) < 8
+    assert any("-" in name for name in names)
 
 
 def slowed(monkeypatch, seconds: float) -> None:
@@ -372,7 +395,7 @@ def test_staleness_is_one_order_of_passes_whatever_the_lanes(name, staleness, mo
 
 
 def test_forward_passes_run_ahead_by_as_much_as_is_allowed(traced):
-    overlapped("deep_mlp", compiled("deep_mlp", target="streams"), 9, staleness=2)
+    overlapped("deep_mlp", compiled("deep_mlp", target="streams", streams=1), 9, staleness=2)
     for batch in range(1, 7):
         begun = min(ran.start for b, piece, ran in traced if b == batch + 2 and piece == "F1")
         updated = min(ran.start for b, piece, ran in traced if b == batch and "optimizer" in piece)

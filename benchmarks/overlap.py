@@ -1,0 +1,80 @@
+"""Time of a run over many batches with overlapping steps (`step.run`), against a loop of single steps.
+
+All ways run in one process and in turn, some steps of each a round, with one thread inside every kernel. Fused steps
+with Adam, leaf subgraphs, wall-clock time: overlap needs idle cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import graphlocal
+from benchmarks import report
+from benchmarks.step_time import CASES, Case, Step, loop, loss_fn
+
+CHOSEN = ("MLP 64×128 (deep, thin)", "MLP 8×1024", "small ResNet on 8×8")
+STEPS = 5
+"""Steps that are timed together."""
+
+
+def ways(case: Case) -> dict[str, Step]:
+    """So many training steps in each way, on a model of its own."""
+    torch.manual_seed(0)
+    start = case.make()
+    x, y = torch.randn(case.batch, *case.shape), torch.randint(case.classes, (case.batch,))
+    backprop = loop(copy.deepcopy(start), x, y)
+
+    def step(target: str) -> graphlocal.step.TrainStep:
+        model = copy.deepcopy(start)
+        local = graphlocal.compile(model, example_inputs=(x,), partition="leaf", target=target)
+        return graphlocal.train_step(local, loss_fn, torch.optim.Adam(local.parameters(), 1e-4))
+
+    def endless() -> Iterator[tuple[Any, Any]]:
+        while True:
+            yield x, y
+
+    lowered, streams = step("lowered"), step("streams")
+    runs = [step("streams").run(endless(), staleness=k) for k in (0, 1)]
+    return {
+        "backprop": lambda: [backprop() for _ in range(STEPS)],
+        "lowered": lambda: [lowered(x, y) for _ in range(STEPS)],
+        "streams": lambda: [streams(x, y) for _ in range(STEPS)],
+        "overlapped": lambda: [next(runs[0]) for _ in range(STEPS)],
+        "staleness=1": lambda: [next(runs[1]) for _ in range(STEPS)],
+    }
+
+
+def measure(case: Case, rounds: int) -> list[str]:
+    """A row of the table."""
+    times = report.in_turn(ways(case), rounds)
+    row = [f"{case.title}, {case.batch}", f"{1000 * statistics.median(times['backprop']) / STEPS:.1f}"]
+    row += [report.ratio(found, times["backprop"]) for name, found in times.items() if name != "backprop"]
+    row.append(report.ratio(times["overlapped"], times["streams"]))
+    print(" | ".join(row), file=sys.stderr)
+    return row
+
+
+def main() -> None:
+    """Measure the cases and write benchmarks/results/overlap.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cases = [max((c for c in CASES if c.title == title), key=lambda c: c.batch) for title in CHOSEN]
+    rows = [measure(case, arguments.rounds) for case in cases]
+    header = ["model, batch", "backprop, ms", "lowered", "streams", "overlapped", "staleness=1", "overlapped / streams"]
+    notes = "Ratios to eager backprop, median and quartiles over rounds; below 1 is faster. Streams on 2 lanes."
+    notes += f" Other work ran on the machine (load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores at the end)."
+    report.write("overlap", "Overlapping steps", "python -m benchmarks.overlap", [report.table(header, rows)], notes)
+
+
+if __name__ == "__main__":
+    main()
