@@ -134,8 +134,8 @@ def main() -> None:
     suffix = "" if arguments.device == "cpu" else f"_{arguments.device}_{arguments.dtype}"
     plot(found, f"memory{suffix}")
     tables = [report.table(header, [row(f) for f in found]), f"![peaks](memory{suffix}.png)"]
-    report.write(f"memory{suffix}", "Memory of a training step", " ".join(["python -m benchmarks.memory", *sys.argv[1:]]),
-                 tables, notes)  # fmt: skip
+    command = " ".join(["python -m benchmarks.memory", *sys.argv[1:]])
+    report.write(f"memory{suffix}", "Memory of a training step", command, tables, notes)
 
 
 if __name__ == "__main__":

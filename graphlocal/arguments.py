@@ -71,14 +71,20 @@ class Binder:
             if parameter.default is not parameter.empty
         }
         self._starred = any(p.kind is p.VAR_KEYWORD for p in self.signature.parameters.values())
+        self._of_tensors: dict[int, pytree.TreeSpec] = {}  # structures of calls with so many tensors and nothing else
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
         """The leaves and structure of a call.
 
         Raises InputError if the call does not fit the model's signature.
         """
-        args, kwargs = self._canonical(args, kwargs)
-        return pytree.tree_flatten((args, kwargs))
+        plain = not kwargs and all(type(x) is torch.Tensor for x in args)
+        if plain and len(args) in self._of_tensors:
+            return list(args), self._of_tensors[len(args)]
+        leaves, spec = pytree.tree_flatten(self._canonical(args, kwargs))
+        if plain and len(leaves) == len(args) and not any(isinstance(x, torch.Tensor) for x in self._defaults.values()):
+            self._of_tensors[len(args)] = spec
+        return leaves, spec
 
     def _canonical(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         try:

@@ -180,8 +180,9 @@ class Compiled:
     def mismatch(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> set[tuple[int, int]] | None:
         """None if a call fits, else the (leaf, axis) of sizes that differ; empty if more than sizes differs."""
         arguments = self.traced.arguments
-        if spec != arguments.spec:
+        if spec is not self._spec_that_fits and spec != arguments.spec:
             return set()
+        self.__dict__["_spec_that_fits"] = spec  # equal to the example's, and known at sight from now on
         sizes: set[tuple[int, int]] = set()
         for i, (given, example) in enumerate(zip(leaves, arguments.leaves, strict=True)):
             if isinstance(example, torch.Tensor):
@@ -193,6 +194,15 @@ class Compiled:
                 return set()
         sizes -= self.symbolic
         return sizes or None
+
+    @cached_property
+    def _spec_that_fits(self) -> pytree.TreeSpec:
+        return self.traced.arguments.spec
+
+    @cached_property
+    def returns_one(self) -> bool:
+        """Whether the model returns one value that the graph computes, and nothing around it."""
+        return len(self.output_template) == 1 and self.traced.out_spec.is_leaf() and self.output_template[0] is COMPUTED
 
     @cached_property
     def guarded(self) -> bool:

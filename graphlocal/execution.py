@@ -174,7 +174,7 @@ class Execution:
         if self.target == "streams":
             streams = self.compiled.streams
             return Passes(streamed(forward, streams), streamed(error, streams), self.taken)
-        return Passes(torch.no_grad()(flatten(forward)), torch.no_grad()(flatten(error)), self.taken)
+        return Passes(_without_autograd(flatten(forward)), _without_autograd(flatten(error)), self.taken)
 
     def _by_inductor(self, lowered: TrainingGraph, fused: bool) -> Passes:
         forward, error, fused_error = compiled_passes(lowered)
@@ -249,6 +249,21 @@ class Run:
         if not retain:
             self.saved = self.start = None
         return result
+
+
+def _without_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.no_grad()(function)`, at a tenth of its overhead."""
+    enabled, switch = torch.is_grad_enabled, torch._C._set_grad_enabled
+
+    def run(*arguments: Any) -> Any:
+        before = enabled()
+        switch(False)
+        try:
+            return function(*arguments)
+        finally:
+            switch(before)
+
+    return run
 
 
 class _Start:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
-from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 Gradients = Sequence[Tensor | None]
@@ -126,7 +125,8 @@ class _Kernel:
             names = ("momentum_buffer",) if self.group["momentum"] else ()
         states = [optimizer.state.get(p, {}) for p in self.parameters]
         return self.known and all(
-            isinstance(state.get(name), Tensor) and (name == "step" or state[name].stride() == p.stride())
+            isinstance(state.get(name), Tensor)
+            and (state[name].device == p.device if name == "step" else state[name].stride() == p.stride())
             for p, state in zip(self.parameters, states, strict=True)
             for name in names
         )
@@ -134,6 +134,8 @@ class _Kernel:
     def takes(self, gradients: Gradients) -> bool:
         group = self.group
         if not (self.known and self.alike) or isinstance(group["lr"], Tensor) or group["foreach"] is not None:
+            return False
+        if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
             return False
         if group["fused"] is False or group["differentiable"] or group.get("capturable"):
             return False
@@ -151,22 +153,21 @@ class _Kernel:
             _like(gradients[i], p)  # type: ignore[arg-type]  # `takes` has seen that there is one
             for i, p in zip(self.places, self.parameters, strict=True)
         ]
-        common: Any = {
-            "fused": True, "foreach": False, "lr": group["lr"], "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-        }  # fmt: skip
+        common: Any = {"lr": group["lr"], "weight_decay": group["weight_decay"], "maximize": group["maximize"]}
         with torch.no_grad():
             if self.momentum:
                 sgd(
-                    parameters, mine, [state.get("momentum_buffer") for state in states], **common,
-                    momentum=group["momentum"], dampening=group["dampening"], nesterov=group["nesterov"],
+                    parameters, mine, [state.get("momentum_buffer") for state in states], **common, fused=True,
+                    foreach=False, momentum=group["momentum"], dampening=group["dampening"], nesterov=group["nesterov"],
                 )  # fmt: skip
                 return
-            adam(
+            steps = [s["step"] for s in states]
+            torch._foreach_add_(steps, 1)
+            kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+            kernel(
                 parameters, mine, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
-                [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [], [s["step"] for s in states],
-                **common, decoupled_weight_decay=group["decoupled_weight_decay"], amsgrad=group["amsgrad"],
-                beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+                [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [], steps, **common,
+                amsgrad=group["amsgrad"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
             )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from graphlocal.targets import exports
 from graphlocal.targets.show import Drawing, draw, write
 
 MANY_RECOMPILATIONS = 8
+FEW = 24
+"""So many numbers are added up faster in Python than by torch."""
 
 
 class LocalModule(nn.Module):
@@ -80,7 +83,8 @@ class LocalModule(nn.Module):
         """Take note of the model's modules and parameters, the ones that it has now."""
         self._watched = list(self.original.modules())
         self._weights = list(self.original.parameters())
-        self._structure = [_children(module) for module in self._watched]
+        self._dicts = [d for module in self._watched for d in (module._modules, module._parameters)]
+        self._structure = self._identities()
 
     # What was compiled.
 
@@ -185,13 +189,13 @@ class LocalModule(nn.Module):
         self, leaves: list[Any], spec: pytree.TreeSpec, run: Callable[[Compiled], Any]
     ) -> tuple[Compiled, Any]:
         """The compilation that fits a call and its data, and what `run` returns for it."""
-        if [_children(module) for module in self._watched] != self._structure:
-            self._cache.clear()  # a layer was replaced
-            self._watch()
+        self._look_for_changes()
         due = self._calibration_is_due()
         for fitting in self._fitting(leaves, spec):
             compiled = fitting.calibration if due else fitting
             if not compiled.guarded:
+                if not self._lag.due():
+                    return compiled, run(compiled)
                 with self._lag.watching():
                     return compiled, run(compiled)
             with suppress(GuardFailure), undone_on(GuardFailure, self.original):
@@ -202,10 +206,20 @@ class LocalModule(nn.Module):
             remedy="put the deciding part into a submodule of its own, which then runs as an opaque leaf",
         )
 
+    def _look_for_changes(self) -> None:
+        """Forget what was compiled if a layer or a parameter was replaced."""
+        if self._identities() != self._structure:
+            self._cache.clear()
+            self._watch()
+
+    def _identities(self) -> list[int]:
+        """Of every submodule and parameter, in order."""
+        return list(map(id, chain.from_iterable(map(dict.values, self._dicts))))
+
     def _calibration_is_due(self) -> bool:
         """Whether this step is a calibration; counts it."""
         calibration = self.options.rule.calibration
-        steps = getattr(self.error_weights, STEPS, None)
+        steps = None if calibration is None else getattr(self.error_weights, STEPS, None)
         if calibration is None or steps is None:
             return False
         if self.calibrating is not None:
@@ -239,7 +253,8 @@ class LocalModule(nn.Module):
         return next((c for known, c in self._cache if known == state and c.mismatch(leaves, spec) is None), None)
 
     def _learns(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.original.parameters())
+        self._look_for_changes()
+        return any(parameter.requires_grad for parameter in self._weights)
 
     def _state(self) -> tuple[Any, ...]:
         """What a compilation depends on besides the inputs: modes, frozen parameters, device and dtype."""
@@ -266,6 +281,8 @@ class LocalModule(nn.Module):
         self._cache.insert(0, (self._state(), compiled))
 
     def _unflatten(self, compiled: Compiled, flat: Sequence[Any]) -> Any:
+        if compiled.returns_one:
+            return flat[0]
         computed = iter(flat)
         leaves = [next(computed) if x is COMPUTED else x for x in compiled.output_template]
         return pytree.tree_unflatten(leaves, compiled.traced.out_spec)
@@ -298,7 +315,7 @@ class LocalModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_binder", "_cache", "_watched", "_weights", "_structure", "_recompilations", "_lag")
+        derived = ("_binder", "_cache", "_watched", "_weights", "_dicts", "_structure", "_recompilations", "_lag")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -313,11 +330,6 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _children(module: nn.Module) -> tuple[int, ...]:
-    """The identities of a module's own submodules and parameters."""
-    return (*map(id, module._modules.values()), *map(id, module._parameters.values()))
-
-
 class LocalStep:
     """The error pass that answers one forward pass."""
 
@@ -328,11 +340,10 @@ class LocalStep:
         self.taken = compiled.taken if self.inputs else compiled.differentiable
         if self.inputs:
             _refuse_lost_input_gradients(compiled, leaves)
-        self.targets = [
-            *compiled.weights,
-            *(local.get_parameter(name) for name in compiled.training.feedback),
-            *(leaves[i] for i in self.inputs),
-        ]
+        self.targets = [*compiled.weights, *(leaves[i] for i in self.inputs)]
+        if compiled.training.feedback:
+            feedback = [local.get_parameter(name) for name in compiled.training.feedback]
+            self.targets[len(compiled.weights) : len(compiled.weights)] = feedback
 
     def attach(self) -> list[Any]:
         """The outputs; the differentiable ones come with the local updates as their `grad_fn`."""
@@ -411,7 +422,11 @@ def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], norms: d
     found = list(norms.values())
     if len({norm.device for norm in found}) > 1:  # a model on several devices
         found = [norm.to(found[0].device) for norm in found]
-    if not found or not math.isnan(torch.stack(found).sum().item()):
+    if len(found) <= FEW and all(norm.device.type == "cpu" for norm in found):
+        total = sum(norm.item() for norm in found)
+    else:
+        total = torch.stack(found).sum().item()
+    if not math.isnan(total):
         return
     if any(error is not None and bool(error.isinf().any()) for error in errors):
         return

@@ -35,13 +35,14 @@ class StatisticsLag:
         self.steps = self.samples = 0
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def due(self) -> bool:
+        """Whether this training step is to be watched; counts it."""
+        self.steps += 1
+        return self.steps % EVERY == 0
+
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Put around one training step's forward pass."""
-        self.steps += 1
-        if self.steps % EVERY:
-            yield
-            return
+        """Put around the forward pass of a training step that is to be watched."""
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, _BatchNorm) and _averages(m)}
         before = {name: _statistics(layer) for name, layer in layers.items()}
         yield

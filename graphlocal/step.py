@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -159,7 +160,7 @@ class TrainStep:
                 why=f"it returned {type(loss).__name__}"
                 + (f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""),
             )
-        if self.local.check_finite and bool(loss.isnan()):
+        if self.local.check_finite and math.isnan(loss.item()):
             raise LocalTrainingError("the loss is not a number", remedy="lower the learning rate, or check the inputs")
         wanted = [x for x, taken in zip(flat, compiled.differentiable, strict=True) if taken]
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))

@@ -233,6 +233,8 @@ class LocalError(nn.Module):
         if displacement is None:
             return None
         with torch.no_grad():
+            if self.rule.homogeneous and displacement.dtype is not torch.float16:  # whose small numbers are few
+                return self.rule.local_error(self.neuron(h, z), displacement)
             scale = self.rule.per_sample(batch)
             return self.rule.local_error(self.neuron(h, z), displacement * scale) / scale
 

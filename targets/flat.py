@@ -18,6 +18,21 @@ from torch import fx, nn
 _OPERATOR = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.(\w+)(?=\()")
 
 
+_DIRECT: dict[str, Callable[..., Any]] = {
+    f"torch.ops.aten.{name}": function
+    for name, function in {
+        "t.default": torch.t, "mm.default": torch.mm, "bmm.default": torch.bmm, "addmm.default": torch.addmm,
+        "tanh.default": torch.tanh, "relu.default": torch.relu, "sigmoid.default": torch.sigmoid,
+        "add.Tensor": torch.add, "sub.Tensor": torch.sub, "mul.Tensor": torch.mul, "div.Tensor": torch.div,
+        "addcdiv.default": torch.addcdiv, "clamp_min.default": torch.clamp_min, "sum.dim_IntList": torch.sum,
+        "linalg_vector_norm.default": torch.linalg.vector_norm, "view.default": torch.Tensor.view,
+        "transpose.int": torch.transpose, "permute.default": torch.permute, "unsqueeze.default": torch.unsqueeze,
+        "expand.default": torch.Tensor.expand, "convolution.default": torch.convolution,
+    }.items()
+}  # fmt: skip
+"""torch's own functions in place of its operators: the same kernels, called with half the overhead."""
+
+
 def flatten(module: fx.GraphModule) -> Callable[..., Any]:
     """The function that `module` computes, for as long as the user's model has the same parameter objects.
 
@@ -88,6 +103,9 @@ def _compile(graph: fx.Graph, bound: SimpleNamespace) -> Callable[..., Any]:
         """The operator behind `torch.ops.aten.mm.default`, under one name and without its Python wrapper."""
         name = "_".join(match.groups())
         namespace, operator, overload = match.groups()
+        if match.group(0) in _DIRECT:
+            scope[name] = _DIRECT[match.group(0)]
+            return name
         scope[name] = getattr(getattr(getattr(torch.ops, namespace), operator), overload)._op
         return name
 

@@ -36,7 +36,20 @@ def simplify(graph: fx.Graph) -> None:
                 _replace(node, known[key])
             else:
                 known[key] = node
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        _sum_without_the_axis(node)
     graph.eliminate_dead_code()
+
+
+def _sum_without_the_axis(view: fx.Node) -> None:
+    """A sum over the first axis that keeps it, and a view that takes it out, in one: the gradient of a bias."""
+    total = view.args[0]
+    if not isinstance(total, fx.Node) or total.target is not aten.sum.dim_IntList or len(total.users) > 1:
+        return
+    shapes = [node.meta["val"].shape if "val" in node.meta else None for node in (total, view)]
+    if None in shapes or total.args[1:] != ([0], True) or total.kwargs or list(shapes[0][1:]) != list(shapes[1]):
+        return
+    view.target, view.args = total.target, (total.args[0], [0])
 
 
 def _undoes_its_argument(node: fx.Node) -> bool:

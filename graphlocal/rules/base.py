@@ -101,6 +101,11 @@ class Rule(ABC):
         return batch if self.reduction == "mean" else 1
 
     @property
+    def homogeneous(self) -> bool:
+        """Whether local_error(c d) = c local_error(d) for every number c > 0, so that its units do not matter."""
+        return type(self).local_error is Rule.local_error
+
+    @property
     def inner_steps(self) -> int:
         """How often a target is moved; above 1 (`AligningRule` only) its readers are evaluated again in between."""
         return 1

@@ -105,6 +105,10 @@ class RecLRA(Rule):
     def learns_feedback(self) -> bool:
         return self.error_weights != "fixed"
 
+    @property
+    def homogeneous(self) -> bool:
+        return self.rescale is not None and type(self).local_error is RecLRA.local_error
+
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         whole = self.positions == "own"
         return skip_errors_from_output(graph, self.max_source_features, self.feedback_share, self.feedback_total, whole)
