@@ -159,11 +159,11 @@ def tasks(data_dir: str | None) -> dict[str, Task]:
     }  # fmt: skip
 
 
-def local_step(rule: Rule, only_true: bool = False) -> Callable[[nn.Module, Task], Step]:
+def local_step(rule: Rule, only_true: bool = False, partition: str = "auto") -> Callable[[nn.Module, Task], Step]:
     """Steps of a compiled model; `only_true`: the calibration steps alone, the others are left out."""
 
     def make(model: nn.Module, task: Task) -> Step:
-        local = graphlocal.compile(model, example_inputs=(task.data.train_x[:8],), rule=rule)
+        local = graphlocal.compile(model, example_inputs=(task.data.train_x[:8],), rule=rule, partition=partition)
         step = graphlocal.train_step(local, F.cross_entropy, torch.optim.Adam(local.parameters(), task.lr))
         count = iter(range(10**9))
 
@@ -206,6 +206,7 @@ RULES: dict[str, Callable[[nn.Module, Task], Step]] = {
     "backprop": autograd_step(),
     "auto": local_step(Calibrated(every=EVERY)),
     "auto, wiring skip": local_step(Calibrated(every=EVERY, wiring="skip")),
+    "auto, every operation a subgraph": local_step(Calibrated(every=EVERY), partition="leaf"),
     "rec-lra": local_step(RecLRA()),
     "only true steps": local_step(Calibrated(every=EVERY), only_true=True),
     "lower blocks on true steps only": autograd_step(EVERY),

@@ -41,7 +41,7 @@ from graphlocal.targets.equilibrium import emit_relaxation
 from graphlocal.targets.halting import CreditDepth, whole
 from graphlocal.targets.heads import LocalHead, head_name
 from graphlocal.targets.training_graph import TrainingGraph, assemble
-from graphlocal.targets.units import Advantage, Slope, score_name, scored_units
+from graphlocal.targets.units import STEPS, Advantage, Slope, score_name, scored_units
 from graphlocal.trace import TracedModel
 
 LossErrors = Callable[[tuple[Any, ...]], Sequence[Tensor | None]]
@@ -122,7 +122,7 @@ class _Training(Emitter):
             self.losses = self.fx.placeholder("losses_of_samples", default_value=None)
         self._sizes()
         if isinstance(self.rule, Backprop) and self.rule.anneals:
-            self.slope = self.call_module("slope", Slope(self.rule), self.get("error_weights.estimator_steps"))
+            self.slope = self.call_module("slope", Slope(self.rule), self.get(f"error_weights.{STEPS}"))
         if isinstance(self.rule, RelaxingRule):
             self._hand_over(list(emit_relaxation(self, self.rule)))
             return self._finish()
@@ -183,7 +183,7 @@ class _Training(Emitter):
         candidates = [*outputs, *(self.seen[item.name] for item in self.graph.inputs)]
         self.batch = self.call(batch_size, *candidates, name="batch")
         if isinstance(self.rule, Backprop) and self.rule.needs_losses:
-            kept = [self.get(f"error_weights.{name}") for name in ("estimator_baseline", "estimator_steps")]
+            kept = [self.get(f"error_weights.{name}") for name in ("estimator_baseline", STEPS)]
             self.advantage = self.call_module("advantage", Advantage(self.rule), self.losses, self.batch, *kept)
 
     def _returned(self, value: str) -> fx.Node:

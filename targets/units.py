@@ -118,6 +118,10 @@ def squashing_of(graph: LocalGraph, unit: Operation) -> str:
     return "tanh" if _SIGN.match(unit.target) else ""
 
 
+STEPS = "estimator_steps"
+"""The buffer among the feedback maps that counts the steps of an estimator that changes."""
+
+
 class Slope(nn.Module):
     """The slope at this step; counts the step."""
 

@@ -28,6 +28,7 @@ from graphlocal.targets.optimizer_math import group_of, initial_state, updated
 from graphlocal.targets.quiet import quiet
 from graphlocal.targets.simplify import simplify
 from graphlocal.targets.training_graph import TrainingGraph
+from graphlocal.targets.units import STEPS
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -154,7 +155,8 @@ class _Recorder:
     def _written(self) -> set[str]:
         """The states that the forward pass changes."""
         effects = (effect for op in self.compiled.graph.operations for effect in op.effects)
-        return {f"original.{e.removeprefix('writes ')}" for e in effects if e.startswith("writes ")}
+        written = {f"original.{e.removeprefix('writes ')}" for e in effects if e.startswith("writes ")}
+        return written | ({f"error_weights.{STEPS}"} if self.compiled.rule.anneals else set())
 
     def _errors(self, outputs: tuple[Any, ...], y: Any, loss: list[Tensor]) -> list[Tensor | None]:
         taken = self.compiled.differentiable

@@ -149,6 +149,7 @@ def variance() -> float:
     return float(F.mse_loss(data.train_x.mean(0).expand_as(data.test_x), data.test_x))
 
 
+@pytest.mark.exhaustive  # examples/05_autoencoder.py has a run of its own
 @pytest.mark.parametrize("rule", [RecLRA(), DirectFeedbackAlignment()], ids=str)
 def test_a_perceptron_learns_to_reconstruct(rule):
     torch.manual_seed(0)

@@ -157,6 +157,7 @@ def test_recursion_enters_both_branches_of_a_perturbative_residual_block():
     assert found[f"{other}.weight"].any()
 
 
+@pytest.mark.exhaustive
 def test_perturbed_residual_nets_of_torchvision_learn_by_every_procedure():
     torch.manual_seed(0)
     x, labels = torch.randn(8, 3, 8, 8), torch.randint(4, (8,))

@@ -243,3 +243,22 @@ def test_recomputed_subgraphs_estimate_the_same(estimator):
         found.append([p.detach().clone() for p in model.parameters()])
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_the_annealed_slope_grows_in_an_exported_step_too(tmp_path):
+    from graphlocal.targets.onnx.trainer import OnnxTrainer
+
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4), torch.randint(2, (6,))
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), Signum(), nn.Linear(3, 2))
+    rule = Backprop(estimator="slope-annealed", slope_growth=0.5)
+    local = graphlocal.compile(model, example_inputs=(x,), rule=rule)
+    optimizer = torch.optim.SGD(local.parameters(), 0.1)
+    local.export(tmp_path / "step.onnx", kind="training-step", loss_fn=F.cross_entropy, optimizer=optimizer, y=y)
+    trainer = OnnxTrainer(tmp_path / "step.onnx")
+    step = graphlocal.train_step(local, F.cross_entropy, optimizer)
+    for _ in range(4):
+        torch.testing.assert_close(torch.as_tensor(trainer.step(x, y)).squeeze(), step(x, y), rtol=1e-5, atol=1e-6)
+    assert int(trainer.state_dict()["error_weights.estimator_steps"]) == 4
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trainer.model_state()[name], parameter.detach(), rtol=1e-5, atol=1e-6)
