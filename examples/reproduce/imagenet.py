@@ -38,7 +38,7 @@ from graphlocal.training import step_for, step_time_ratio
 TITLE = "rec-LRA: the ImageNet recipe"
 SIZES = {  # classes, pictures of each class to train and to test on, their size; the options that go with them
     "tiny": ((3, 8, 4, 32), ["--image-size=16", "--epochs=1", "--batch=8", "--model=imagenet:tiny_net"]),
-    "quick": ((10, 40, 10, 72), ["--image-size=64", "--epochs=2", "--batch=32"]),
+    "quick": ((10, 40, 10, 72), ["--image-size=64", "--epochs=6", "--batch=32"]),
 }
 
 
@@ -59,7 +59,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=("local", "backprop"), help="train one of the two only, and write no table")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a made-up folder of 400 pictures, two epochs")
+    parser.add_argument("--quick", action="store_true", help="a made-up folder of 400 pictures, six epochs")
     parser.add_argument("--tiny", action="store_true", help="a made-up folder of 24 pictures, one epoch")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that results are written to")
     first = parser.parse_args(argv)

@@ -58,6 +58,10 @@ REMARKS = {
     'said above; fitted feedback (`rule="auto"`, with one step in ten of backpropagation) is within two.',
     "reclra_confusion": "The means of the classes agree within the spread of the seeds; both ways take shirts for "
     "other tops. What single classes differ by is as large as the spread.",
+    "reclra_tsne": "Both ways separate the classes alike in the last hidden layer; the untrained net is no better than "
+    "the pixels.",
+    "imagenet": "With these small batches on one thread the local step is not the faster one; "
+    "[step_time.md](../../benchmarks/results/step_time.md) has other sizes.",
 }
 """What a table shows, or why a number falls short."""
 INTRODUCTION = f"""# The papers' tables, reproduced
