@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,9 @@ class LocalModule(nn.Module):
         """Take note of the model's modules and parameters, the ones that it has now."""
         self._watched = list(self.original.modules())
         self._weights = list(self.original.parameters())
-        self._dicts = [d for module in self._watched for d in (module._modules, module._parameters)]
+        self._dicts: list[dict[str, Any]] = [
+            d for module in self._watched for d in (module._modules, module._parameters)
+        ]
         self._structure = self._identities()
 
     # What was compiled.
@@ -214,7 +215,7 @@ class LocalModule(nn.Module):
 
     def _identities(self) -> list[int]:
         """Of every submodule and parameter, in order."""
-        return list(map(id, chain.from_iterable(map(dict.values, self._dicts))))
+        return [id(part) for parts in self._dicts for part in parts.values()]
 
     def _calibration_is_due(self) -> bool:
         """Whether this step is a calibration; counts it."""
@@ -247,7 +248,7 @@ class LocalModule(nn.Module):
 
     def _known(self, leaves: list[Any], spec: pytree.TreeSpec) -> Compiled | None:
         """The compilation for calls like this one, if there is one yet."""
-        if [_children(module) for module in self._watched] != self._structure:
+        if self._identities() != self._structure:
             return None
         state = self._state()
         return next((c for known, c in self._cache if known == state and c.mismatch(leaves, spec) is None), None)
