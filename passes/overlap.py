@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from graphlocal.ir import LocalGraph
+from graphlocal.ir import ActionKind, LocalGraph
 from graphlocal.passes.cost import Key
 from graphlocal.passes.simulate import Task, simulate
 from graphlocal.verify import action_dependencies
@@ -34,7 +34,7 @@ def steps_in_a_row(
             elif staleness is None:
                 before |= {_name(step - 1, need) for need in (after or forward) if step}
             else:
-                own = "U" if ("U", key[1]) in needs else "F"
+                own: ActionKind = "U" if ("U", key[1]) in needs else "F"
                 before |= {_name(step - 1, key)} if step else set()
                 before |= {_name(step - 1 - staleness, (own, key[1]))} if step > staleness else set()
                 before |= {_name(step - 1 - staleness, need) for need in forward if step > staleness}
