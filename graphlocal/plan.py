@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from graphlocal.memory import Memory, OptimizerClass
 from graphlocal.memory import memory as memory_of
 from graphlocal.passes import pipelines
 from graphlocal.passes.cost import KINDS, Device, Key, Sizes, roofline
+from graphlocal.passes.overlap import seconds_a_step
 from graphlocal.passes.pipelines import Link, balanced, device_name
 from graphlocal.passes.simulate import Timeline, grid, simulate
 from graphlocal.rules import Backprop
@@ -30,7 +31,8 @@ class Plan:
 
     timelines: by name, `local`, `gpipe` and `1f1b`. one_device: seconds of a step of `local` and of `backprop` on one
     device with one microbatch. measured: the times that the plan was made from, None for the roofline. memory: what a
-    step of the whole batch on one device needs, if it was asked for.
+    step of the whole batch on one device needs, if it was asked for. in_a_row: seconds that one more step takes on one
+    device that runs two actions (or `streams`) at a time, by how steps overlap.
     """
 
     graph: LocalGraph
@@ -40,6 +42,7 @@ class Plan:
     one_device: Mapping[str, float]
     measured: Measured | None = None
     memory: Memory | None = None
+    in_a_row: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def devices(self) -> list[str]:
@@ -75,6 +78,9 @@ class Plan:
             "speed-up: against backprop on one device. A cell F3.2 is F3 of microbatch 2; B: a whole backward pass."
         ]
         notes.append("The optimizer's own time is left out of all of them.")
+        if self.in_a_row:
+            listed = ", ".join(f"{units.time_label(seconds)} {name}" for name, seconds in self.in_a_row.items())
+            notes.append(f"A step on one device with several streams: {listed}.")
         if self.measured is None:
             notes.append("Times are from the roofline of the given rates, not measured.")
         else:
@@ -126,7 +132,9 @@ def plan(
         timelines[name] = simulate(pipelines.backprop(graph, place, exact, microbatches, link, sizes, name))
     alone = {"local": sum(costs.values()), "backprop": sum(exact.values())}
     needs = memory_of(local.compiled, optimizer) if peak else None
-    return Plan(graph, tuple(place), microbatches, timelines, alone, found, needs)
+    ways = {"by itself": None, "overlapping (step.run)": 0, "with staleness=1": 1}
+    in_a_row = {name: seconds_a_step(graph, costs, max(streams, 2), k) for name, k in ways.items()}
+    return Plan(graph, tuple(place), microbatches, timelines, alone, found, needs, in_a_row)
 
 
 def _dims(local: LocalModule) -> dict[str, int]:
