@@ -81,7 +81,9 @@ class LocalModule(nn.Module):
         """Take note of the model's modules and parameters, the ones that it has now."""
         self._watched = list(self.original.modules())
         self._weights = list(self.original.parameters())
-        self._dicts = [d for module in self._watched for d in (module._modules, module._parameters)]
+        self._dicts: list[dict[str, Any]] = [
+            d for module in self._watched for d in (module._modules, module._parameters)
+        ]
         self._structure = self._identities()
 
     # What was compiled.
@@ -212,7 +214,7 @@ class LocalModule(nn.Module):
 
     def _identities(self) -> list[int]:
         """Of every submodule and parameter, in order."""
-        return list(map(id, chain.from_iterable(map(dict.values, self._dicts))))
+        return list(map(id, chain.from_iterable(d.values() for d in self._dicts)))
 
     def _calibration_is_due(self) -> bool:
         """Whether this step is a calibration; counts it."""
