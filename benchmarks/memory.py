@@ -111,7 +111,8 @@ def plot(found: list[Found], name: str) -> None:
         axes.axhline(1, color="gray", linewidth=0.8)
         axes.set_xticks(range(len(found)), [f"{f.case.title}\nbatch {f.case.batch}" for f in found], fontsize=7)
         axes.set_ylabel("peak of a step / backprop's")
-        axes.legend(fontsize=8)
+        axes.set_ylim(0, 1.2)
+        axes.legend(fontsize=8, ncols=4, loc="upper center")
 
 
 def main() -> None:

@@ -120,7 +120,8 @@ def plot(name: str, cases: Sequence[Case], found: list[dict[str, list[float]]], 
         axes.axhline(1, color="gray", linewidth=0.8)
         axes.set_xticks(range(len(cases)), [f"{case.title}\nbatch {case.batch}" for case in cases], fontsize=7)
         axes.set_ylabel("time of a step / eager backprop's")
-        axes.legend(fontsize=8)
+        axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+        axes.legend(fontsize=8, ncols=3, loc="upper center")
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
-from torch.optim.sgd import sgd
 
 Gradients = Sequence[Tensor | None]
 
@@ -156,9 +155,10 @@ class _Kernel:
         common: Any = {"lr": group["lr"], "weight_decay": group["weight_decay"], "maximize": group["maximize"]}
         with torch.no_grad():
             if self.momentum:
-                sgd(
-                    parameters, mine, [state.get("momentum_buffer") for state in states], **common, fused=True,
-                    foreach=False, momentum=group["momentum"], dampening=group["dampening"], nesterov=group["nesterov"],
+                buffers = [state["momentum_buffer"] for state in states] if group["momentum"] else []
+                torch._fused_sgd_(
+                    parameters, mine, buffers, **common, momentum=group["momentum"], dampening=group["dampening"],
+                    nesterov=group["nesterov"], is_first_step=False,
                 )  # fmt: skip
                 return
             steps = [s["step"] for s in states]

@@ -46,8 +46,9 @@ def _sum_without_the_axis(view: fx.Node) -> None:
     total = view.args[0]
     if not isinstance(total, fx.Node) or total.target is not aten.sum.dim_IntList or len(total.users) > 1:
         return
-    shapes = [node.meta["val"].shape if "val" in node.meta else None for node in (total, view)]
-    if None in shapes or total.args[1:] != ([0], True) or total.kwargs or list(shapes[0][1:]) != list(shapes[1]):
+    if total.args[1:] != ([0], True) or total.kwargs or "val" not in total.meta or "val" not in view.meta:
+        return
+    if list(total.meta["val"].shape[1:]) != list(view.meta["val"].shape):
         return
     view.target, view.args = total.target, (total.args[0], [0])
 
