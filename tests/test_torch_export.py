@@ -73,7 +73,9 @@ def test_model_comes_back_without_graphlocal_and_without_pickle(name: str, tmp_p
     local.eval()
     arguments = local.compiled.traced.arguments
     program = loaded(written.path)
-    args, kwargs = (grown(x) for x in (arguments.args, arguments.kwargs))
+    args, kwargs = arguments.args, arguments.kwargs
+    if all(isinstance(size, str) for item in local.graph.inputs if item.type for size in item.type.shape[:1]):
+        args, kwargs = grown(args), grown(kwargs)  # not where time comes first, whose length a recurrent graph holds
     with torch.no_grad():
         same(program(*args, **kwargs), local(*args, **kwargs))
     assert set(program.state_dict()) <= set(model.state_dict())
