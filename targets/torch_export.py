@@ -22,7 +22,7 @@ import inspect
 import io
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def export_model(
     args, kwargs = pytree.tree_unflatten(open_, arguments.spec)
     signature = Binder(model).signature
     dynamic = dict(signature.bind(*args, **kwargs).arguments) if any(open_) else None
-    program = _exported(_Evaluating(found, signature), arguments.args, arguments.kwargs, dynamic)
+    program = _exported(_Evaluating(found, signature, model.state_dict()), arguments.args, arguments.kwargs, dynamic)
     content = archive(program, {"kind": "model", "graph": to_document(graph)})
     distance = _distance(content, found, arguments) if check else None
     write(path, content)
@@ -121,11 +121,15 @@ def export_step(
 class _Evaluating(nn.Module):
     """The graph of a model, called as the model is, with its tensors under the model's names."""
 
-    def __init__(self, found: Evaluation, signature: inspect.Signature) -> None:
+    def __init__(self, found: Evaluation, signature: inspect.Signature, saved: Collection[str]) -> None:
         super().__init__()
         self._parameters.update(found.module._parameters)
         self._buffers.update(found.module._buffers)
         self._modules.update(found.module._modules)
+        for path, module in self.named_modules():
+            for name in module._buffers:  # constants of the forward, and what the model does not save either
+                if f"{path}.{name}".removeprefix(".") not in saved:
+                    module._non_persistent_buffers_set.add(name)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -243,8 +247,9 @@ def _loaded(content: bytes) -> nn.Module:
 
 def _distance(content: bytes, found: Evaluation, arguments: Arguments) -> float:
     """The largest difference of an output. Raises InputError if it is large."""
-    module, largest = _loaded(content), 0.0
+    largest = 0.0
     for call in found.calls:
+        module = _loaded(content)  # anew: a call may change buffers
         tensors = iter(call.inputs)
         given = arguments.with_leaves([next(tensors) if isinstance(x, Tensor) else x for x in arguments.leaves])
         with torch.no_grad():

@@ -73,14 +73,17 @@ def test_model_comes_back_without_graphlocal_and_without_pickle(name: str, tmp_p
     local.eval()
     arguments = local.compiled.traced.arguments
     program = loaded(written.path)
-    args, kwargs = (grown(x) for x in (arguments.args, arguments.kwargs))
+    args, kwargs = arguments.args, arguments.kwargs
+    if all(isinstance(size, str) for item in local.graph.inputs if item.type for size in item.type.shape[:1]):
+        args, kwargs = grown(args), grown(kwargs)  # not where time comes first, whose length a recurrent graph holds
     with torch.no_grad():
         same(program(*args, **kwargs), local(*args, **kwargs))
     assert set(program.state_dict()) <= set(model.state_dict())
 
 
 def test_every_operator_names_its_subgraph_and_the_graph_rides_along(tmp_path: Path) -> None:
-    local = graphlocal.compile(zoo.MODELS["vit"].make(), example_inputs=zoo.MODELS["vit"].example())
+    model = zoo.MODELS["small_resnet"]
+    local = graphlocal.compile(model.make(), example_inputs=model.example())
     local.export(tmp_path / "m.pt2")
     extra = {DOCUMENT: ""}
     program = torch.export.load(tmp_path / "m.pt2", extra_files=extra)
@@ -181,16 +184,11 @@ def test_bad_options_and_models_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_line_writes_both(tmp_path: Path) -> None:
-    paths = [tmp_path / "m.pt2", tmp_path / "step.pt2"]
-    done = CliRunner().invoke(app, [
-        "export", "graphlocal.demo:digits_mlp", "--input", "4x1x8x8", "--torch-export", str(paths[0]),
-        "--training-step", str(paths[1]),
-    ])  # fmt: skip
+def test_command_line_writes_a_program(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt2"
+    command = ["export", "graphlocal.demo:digits_mlp", "--input", "4x1x8x8", "--torch-export"]
+    done = CliRunner().invoke(app, [*command, str(path)])
     assert done.exit_code == 0, done.output
-    x, y = zoo.normal(9, 1, 8, 8), zoo.tokens(9, high=10)
-    assert loaded(paths[0])(x).shape == (9, 10)
-    step, lr = loaded(paths[1]), torch.tensor(1e-3)
-    assert step(x, y, lr) > step(x, y, lr)
-    done = CliRunner().invoke(app, ["export", "graphlocal.demo:digits_mlp", "--torch-export", str(tmp_path / "m.onnx")])
+    assert loaded(path)(zoo.normal(9, 1, 8, 8)).shape == (9, 10)
+    done = CliRunner().invoke(app, [*command, str(tmp_path / "m.onnx")])
     assert isinstance(done.exception, InputError)

@@ -7,6 +7,9 @@ named as in `local.state_dict()` (`original.fc.weight`, `error_weights.fc`, and 
 value is the output of that name with `.next` behind. The values to start from lie in a safetensors file beside the
 model. `trainer.OnnxTrainer` runs it.
 
+Of a float16 model, parameters and activations are float16; the optimizer computes and remembers in float32
+(`optimizer_math` says why), and so do normalizations and sums over places.
+
 The way there: `whole_step` (one pure graph of ATen operators, fused attention and fused recurrent cells written out,
 the rest of what ONNX lacks by `decompositions`) -> torch's exporter -> names, metadata, ONNX's checker.
 """
