@@ -46,7 +46,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """What the command line says; the small sizes come with options of their own."""
     parser = argparse.ArgumentParser(description=TITLE)
     parser.add_argument("--data-dir", type=Path, help="the folder that holds train/CLASS and val/CLASS")
-    parser.add_argument("--run", type=Path, default=Path("imagenet-run"), help="the folder for checkpoints")
+    parser.add_argument("--run", type=Path, default=Path("runs/imagenet"), help="the folder for checkpoints")
     parser.add_argument(
         "--model", default="torchvision.models:resnet18", help="module:callable, called with num_classes"
     )
