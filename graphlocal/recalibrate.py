@@ -27,8 +27,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Raises InputError if `batches` is empty, and for a model that was loaded without its code.
     """
-    if isinstance(model, LocalModule):
-        model = model.original
+    compiled = model if isinstance(model, LocalModule) else None
+    if compiled is not None:
+        model = compiled.original
     if isinstance(model, StoredModel):
         raise InputError(
             "a model that was loaded without its code has no BatchNorm layers to recalibrate",
@@ -62,6 +63,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
             norm.momentum = momentum
         for module, mode in modes:
             module.training = mode
+    if compiled is not None:
+        compiled._lag.reset()  # what was seen no longer holds
     return used
 
 

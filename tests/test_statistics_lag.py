@@ -44,6 +44,12 @@ def test_the_warning_comes_once_for_each_stretch_of_training():
     local.eval()
 
 
+def test_recalibrated_statistics_are_not_warned_of():
+    local = trained(Net(), drift=0.3)
+    graphlocal.recalibrate(local, [torch.randn(16, 4) + 18] * 3)
+    local.eval()
+
+
 @pytest.mark.parametrize("batch", [4, 64])
 def test_statistics_that_keep_up_are_not_warned_of(batch):
     trained(Net(), batch=batch, steps=150).eval()
