@@ -190,7 +190,7 @@ class _Run:
         plan = passes.overlap if passes is not None else None
         if compiled is None or passes is None or plan is None:
             return None
-        if self.most == 1:
+        if self.most == 1 and self.local._lag.due():
             ahead.watch.enter_context(self.local._lag.watching())
         run = Run(compiled.execution, passes, leaves, True, elsewhere=True)
         return _Started(compiled, run, plan, Flight(plan.forward, leaves, ahead.number))
