@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import importlib.util
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -51,6 +55,14 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("graphlocal")
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[float], threading.Timer]]:
+    """A timer that presses Ctrl-C after so many seconds, also where the shell has the tests ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda seconds: threading.Timer(seconds, _thread.interrupt_main)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

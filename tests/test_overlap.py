@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
 import random
-import threading
 import time
 from collections import deque
 from dataclasses import replace
@@ -336,12 +334,12 @@ def test_a_loss_that_is_not_a_number_stops_before_any_update():
     assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == []
 
 
-def test_ctrl_c_stops_every_lane_and_takes_back_what_is_ahead(monkeypatch):
+def test_ctrl_c_stops_every_lane_and_takes_back_what_is_ahead(ctrl_c, monkeypatch):
     local = compiled("moving_average", target="streams", streams=3)
     step = stepper("moving_average", local)
     list(step.run(batches("moving_average", 2)))
     slowed(monkeypatch, 0.01)
-    timer = threading.Timer(0.1, _thread.interrupt_main)
+    timer = ctrl_c(0.1)
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         list(step.run(batches("moving_average", 500)))
