@@ -144,7 +144,7 @@ def test_calibrations_are_backpropagation_and_the_steps_between_move_every_param
     check_both_kinds_of_steps(model)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", zoo.models(exclude=MANY))
 def test_the_same_on_the_rest_of_the_zoo(model):
     check_both_kinds_of_steps(model)
