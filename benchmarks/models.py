@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,17 +157,6 @@ def on_gpu(case: Case) -> Case:
     return replace(case, batch=larger.get(case.title, case.batch))
 
 
-class _Checkpointed(nn.Module):
-    """A block whose interior autograd works out again."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        return checkpoint(self.block, *args, use_reentrant=False, **kwargs)
-
-
 class _InSegments(nn.Module):
     """A Sequential in about as many checkpointed segments as each has layers."""
 
@@ -184,13 +174,7 @@ def checkpointed(case: Case, model: nn.Module) -> nn.Module:
     """The model with gradient checkpointing on its blocks."""
     if isinstance(model, nn.Sequential):
         return _InSegments(model)
-    for parent, name, child in list(_children(model)):
-        if type(child).__name__ in (case.blocks):
-            setattr(parent, name, _Checkpointed(child))
+    for block in model.modules():
+        if type(block).__name__ in case.blocks:
+            setattr(block, "forward", partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010
     return model
-
-
-def _children(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for name, child in module.named_children():
-        yield module, name, child
-        yield from _children(child)
