@@ -1,7 +1,7 @@
 """Time of a run over many batches with overlapping steps (`step.run`), against a loop of single steps.
 
-All ways run in one process and in turn, some steps of each a round, with one thread inside every kernel. Fused steps
-with Adam, leaf subgraphs, wall-clock time: overlap needs idle cores.
+All ways run in one process and in turn, some steps of each a round, and all have two threads: inside a kernel,
+or one in each of two lanes. Fused steps with Adam, leaf subgraphs, wall-clock time: overlap needs idle cores.
 """
 
 from __future__ import annotations
@@ -67,12 +67,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     cases = [max((c for c in CASES if c.title == title), key=lambda c: c.batch) for title in CHOSEN]
     rows = [measure(case, arguments.rounds) for case in cases]
     header = ["model, batch", "backprop, ms", "lowered", "streams", "overlapped", "staleness=1", "overlapped / streams"]
-    notes = "Ratios to eager backprop, median and quartiles over rounds; below 1 is faster. Streams on 2 lanes."
-    notes += f" Other work ran on the machine (load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores at the end)."
+    notes = "Ratios to eager backprop, median and quartiles over rounds; below 1 is faster. Streams on 2 lanes of one "
+    notes += "thread, all else with two."
+    notes += f" Load at the end: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores."
     report.write("overlap", "Overlapping steps", "python -m benchmarks.overlap", [report.table(header, rows)], notes)
 
 

@@ -1,7 +1,7 @@
 """Time of a fused training step with target="streams", against the sequential lowered target and eager backprop.
 
-All ways run in one process, once a round and in turn, with one thread inside every kernel. Fused steps with Adam,
-leaf subgraphs.
+All ways run in one process, once a round and in turn, and all have two threads: inside a kernel, or one in each of two
+lanes. Fused steps with Adam, leaf subgraphs.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     cases = [max((c for c in CASES if c.title == title), key=lambda c: c.batch) for title in CHOSEN]
     rows = [measure(case, arguments.rounds) for case in cases]
     header = ["model, batch", "backprop, ms", "lowered, ms", "lowered / backprop"]
     header += [f"{name} / {base}" for name in WAYS for base in ("lowered", "backprop")]
-    notes = "Median and quartiles of the ratio within a round; below 1 is faster."
-    notes += f" Other work ran on the machine (load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores at the end)."
+    notes = "Median and quartiles of the ratio within a round; below 1 is faster. Two threads in every way."
+    notes += f" Load at the end: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores."
     report.write("streams", "Streams", "python -m benchmarks.streams", [report.table(header, rows)], notes)
 
 
