@@ -73,8 +73,7 @@ def main() -> None:
     notes = (
         f"ONNX Runtime {onnxruntime.__version__}, {arguments.threads} thread(s) each, Adam, partition auto. Times are "
         "medians; ratios are medians and quartiles over rounds, taken within the round: below 1, ONNX Runtime (or "
-        "rec-lra) is faster. Times are CPU time of the process, not of the clock, because the machine was shared with "
-        "other work (which still costs caches: figures are inflated and noisy). Not measured on a GPU."
+        "rec-lra) is faster. Times are CPU time of the process. Not measured on a GPU."
     )
     rows: list[list[str]] = []
     for case in CASES:  # written after each, since the deep models take minutes to export
