@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -73,7 +72,7 @@ def main() -> None:
     header = ["model, batch", "backprop, ms", "lowered", "streams", "overlapped", "staleness=1", "overlapped / streams"]
     notes = "Ratios to eager backprop, median and quartiles over rounds; below 1 is faster. Streams on 2 lanes of one "
     notes += "thread, all else with two."
-    notes += f" Load at the end: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores."
+    notes += report.load()
     report.write("overlap", "Overlapping steps", "python -m benchmarks.overlap", [report.table(header, rows)], notes)
 
 

@@ -100,6 +100,11 @@ def ratio(mine: Sequence[float], other: Sequence[float]) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
+def load() -> str:
+    """How busy the machine is, for the notes."""
+    return f" Load at the end: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores."
+
+
 def write(name: str, title: str, command: str, tables: list[str], notes: str = "") -> None:
     """Print the report and keep it as benchmarks/results/`name`.md."""
     parts = [f"# {title}", f"`{command}` on {machine()}.", *tables, notes]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
 import sys
 
@@ -66,7 +65,7 @@ def main() -> None:
     header = ["model, batch", "backprop, ms", "lowered, ms", "lowered / backprop"]
     header += [f"{name} / {base}" for name in WAYS for base in ("lowered", "backprop")]
     notes = "Median and quartiles of the ratio within a round; below 1 is faster. Two threads in every way."
-    notes += f" Load at the end: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores."
+    notes += report.load()
     report.write("streams", "Streams", "python -m benchmarks.streams", [report.table(header, rows)], notes)
 
 

@@ -21,7 +21,8 @@ from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.execution import Run
-from graphlocal.runtime import LocalModule, require_finite, update_norms
+from graphlocal.runtime import LocalModule, require_finite
+from graphlocal.targets.eager import Apply
 from graphlocal.targets.overlap import Flight, Lanes, Overlap, Part, Waits, task, tensors
 
 MOST_STALENESS = 64
@@ -36,7 +37,7 @@ class Step(Protocol):
 
     def _loss(self, compiled: Compiled, outputs: Any, y: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]: ...
 
-    def _apply(self, compiled: Compiled, names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None: ...
+    def _updates(self, compiled: Compiled, norms: dict[str, Tensor]) -> Apply: ...
 
 
 def overlapped(step: Step, batches: Iterable[tuple[Any, Any]], staleness: int) -> Iterator[Tensor]:
@@ -214,13 +215,7 @@ class _Run:
             loss, errors = self.step._loss(started.compiled, run.outputs, head.y)
         errors = _apart(errors, head)
         norms: dict[str, Tensor] = {}
-
-        def apply(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
-            if self.local.check_finite:
-                found = update_norms(names, gradients)
-                norms.update((n, norm) for n, norm in found.items() if not n.startswith("error_weights."))
-            self.step._apply(started.compiled, names, gradients)
-
+        apply = self.step._updates(started.compiled, norms)
         with torch.no_grad():
             if tuple(error is not None for error in errors) != run.passes.taken:
                 run.error_pass(errors, apply)  # a loss on other outputs than before

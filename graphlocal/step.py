@@ -17,6 +17,7 @@ from graphlocal.overlap import overlapped
 from graphlocal.partial_optimizer import TOGETHER, Gathering, PartialOptimizer
 from graphlocal.rules import Rule
 from graphlocal.runtime import LocalModule, require_finite, update_norms
+from graphlocal.targets.eager import Apply
 from graphlocal.targets.nodes import StepCall
 
 ERROR_WEIGHTS = "error_weights."
@@ -96,21 +97,25 @@ class TrainStep:
             loss, errors = self._loss(compiled, run.outputs, y)
             run.outputs = []
         norms: dict[str, Tensor] = {}
+        with torch.no_grad():
+            rule = self.local.options.rule
+            labels = (y,) if rule.needs_labels else (self._losses,) if rule.needs_losses else ()
+            apply = Gathering(self._updates(compiled, norms), TOGETHER)
+            run.error_pass(errors, apply, labels=labels)
+            apply.flush()
+            require_finite(compiled, errors, norms)
+        return loss
 
-        def update(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
+    def _updates(self, compiled: Compiled, norms: dict[str, Tensor]) -> Apply:
+        """`apply(names, gradients)` for an error pass: takes note of the updates' norms, and hands them on."""
+
+        def apply(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
             if self.local.check_finite:
                 found = update_norms(names, gradients)
                 norms.update((name, norm) for name, norm in found.items() if not name.startswith(ERROR_WEIGHTS))
             self._apply(compiled, names, gradients)
 
-        with torch.no_grad():
-            rule = self.local.options.rule
-            labels = (y,) if rule.needs_labels else (self._losses,) if rule.needs_losses else ()
-            apply = Gathering(update, TOGETHER)
-            run.error_pass(errors, apply, labels=labels)
-            apply.flush()
-            require_finite(compiled, errors, norms)
-        return loss
+        return apply
 
     def run(self, batches: Iterable[tuple[Any, Any]], *, staleness: int = 0) -> Iterator[Tensor]:
         """Train on one (x, y) after another, and yield the loss of each, once its updates are made.

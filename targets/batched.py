@@ -29,7 +29,7 @@ from graphlocal.targets.lowered import Tagging, record
 from graphlocal.targets.members import Member, member, piece, value_of
 from graphlocal.targets.simplify import VIEWS, simplify
 from graphlocal.targets.stacking import Stacking
-from graphlocal.targets.training_graph import ROOTS, TrainingGraph, assemble
+from graphlocal.targets.training_graph import TrainingGraph, assemble, roots_of
 
 aten = torch.ops.aten
 
@@ -257,7 +257,7 @@ def _rebuilt(training: TrainingGraph, after: Sequence[fx.Node], order: Sequence[
     graph.output(fx.map_arg(output.args[0], copied.__getitem__))
     _reuse_stacks(graph)
     graph.eliminate_dead_code()
-    roots = {key: child for key, child in source.named_children() if key in ROOTS}
+    roots = roots_of(source)
     name = type(source).__name__.replace("Lowered", "Batched")
     return TrainingGraph(assemble(graph, {}, roots, name), training.weights, training.feedback, training.loss)
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from graphlocal.targets.eager import apply_updates
 from graphlocal.targets.simplify import VIEWS
-from graphlocal.targets.training_graph import ROOTS, TrainingGraph, assemble
+from graphlocal.targets.training_graph import TrainingGraph, assemble, roots_of
 
 
 def with_updates(training: TrainingGraph, label: Callable[[str], str] = str) -> TrainingGraph:
@@ -33,7 +33,7 @@ def with_updates(training: TrainingGraph, label: Callable[[str], str] = str) -> 
             done = graph.call_function(apply_updates, (apply, group, *(gradients[name] for name in group)))
             done.meta["action"] = at.meta.get("action", "")
     graph.output(fx.map_arg(_outputs(training), copied.__getitem__))
-    roots = {key: child for key, child in training.module.named_children() if key in ROOTS}
+    roots = roots_of(training.module)
     module = assemble(graph, {}, roots, type(training.module).__name__)
     return TrainingGraph(module, training.weights, training.feedback, training.loss)
 

@@ -27,7 +27,7 @@ from graphlocal.errors import GraphLocalError
 from graphlocal.guards import is_guard
 from graphlocal.targets.eager import output_errors
 from graphlocal.targets.simplify import simplify
-from graphlocal.targets.training_graph import ROOTS, TrainingGraph, assemble
+from graphlocal.targets.training_graph import TrainingGraph, assemble, roots_of
 
 
 class NotLowered(GraphLocalError):
@@ -232,7 +232,7 @@ def _assembled(recording: _Recording, traced: fx.GraphModule) -> TrainingGraph:
         errors = _errors(graph, loss, outputs, copied)
     graph.output(fx.map_arg((tuple(outputs), *map(tuple, gradients)), copied.__getitem__))
     simplify(graph)
-    roots = {**{key: child for key, child in source.named_children() if key in ROOTS}, "lifted": lifted}
+    roots = roots_of(source) | {"lifted": lifted}
     module = assemble(graph, {}, roots, type(source).__name__.replace("Training", "Lowered"))
     return TrainingGraph(module, training.weights, training.feedback, errors.name)
 

@@ -22,7 +22,7 @@ from graphlocal.errors import GraphLocalError
 from graphlocal.targets.accesses import Access
 from graphlocal.targets.eager import apply_updates
 from graphlocal.targets.flat import flatten
-from graphlocal.targets.training_graph import ROOTS, assemble, take
+from graphlocal.targets.training_graph import assemble, roots_of, take
 
 
 class OrderError(GraphLocalError):
@@ -186,7 +186,7 @@ def _function(module: fx.GraphModule, piece: Piece) -> Callable[..., tuple[Any, 
         _copy(graph, node, copied)
     named = {node.name: node for node in piece.nodes}
     graph.output(tuple(copied[named[name]] for name in piece.writes))
-    return flatten(assemble(graph, {}, _roots(module), "Piece"))
+    return flatten(assemble(graph, {}, roots_of(module), "Piece"))
 
 
 def _finish(module: fx.GraphModule, output: fx.Node) -> Callable[..., Any]:
@@ -195,7 +195,7 @@ def _finish(module: fx.GraphModule, output: fx.Node) -> Callable[..., Any]:
     for node in output.all_input_nodes:
         copied[node] = graph.node_copy(node) if node.op == "get_attr" else graph.placeholder(node.name)
     graph.output(fx.map_arg(output.args[0], copied.__getitem__))
-    return flatten(assemble(graph, {}, _roots(module), "Finish"))
+    return flatten(assemble(graph, {}, roots_of(module), "Finish"))
 
 
 def _copy(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
@@ -203,10 +203,6 @@ def _copy(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> Non
         if source not in copied:
             copied[source] = graph.node_copy(source)  # a parameter, buffer or feedback map
     copied[node] = graph.node_copy(node, copied.__getitem__)
-
-
-def _roots(module: fx.GraphModule) -> dict[str, Any]:
-    return {key: child for key, child in module.named_children() if key in ROOTS}
 
 
 def check_order(cut: Cut) -> None:

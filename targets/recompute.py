@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from graphlocal.targets.accesses import annotate
 from graphlocal.targets.simplify import VIEWS
-from graphlocal.targets.training_graph import ROOTS, TrainingGraph, assemble
+from graphlocal.targets.training_graph import TrainingGraph, assemble, roots_of
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def recompute(
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(training.module.graph, copied))
-    roots = {key: child for key, child in training.module.named_children() if key in ROOTS}
+    roots = roots_of(training.module)
     module = assemble(graph, {}, roots, type(training.module).__name__)
     loss = next(new.name for old, new in copied.items() if old.name == training.loss)
     result = TrainingGraph(module, training.weights, training.feedback, loss)

@@ -26,6 +26,11 @@ ROOTS = ("original", "error_weights", "constants", "lifted")
 """The modules below which a training graph looks up tensors: the user's model, the maps E, traced constants."""
 
 
+def roots_of(module: fx.GraphModule) -> dict[str, nn.Module]:
+    """The roots that a training graph has, by name."""
+    return {key: child for key, child in module.named_children() if key in ROOTS}
+
+
 def assemble(graph: fx.Graph, modules: dict[str, nn.Module], roots: dict[str, nn.Module], name: str) -> fx.GraphModule:
     """A GraphModule whose attributes below `roots` are looked up when it runs, not copied."""
     holder = nn.Module()
@@ -103,5 +108,5 @@ def take(saved: list[Any], index: int, retain: bool) -> Any:
 
 def _like(module: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
     used = {str(n.target) for n in graph.find_nodes(op="call_module")}
-    roots = {key: child for key, child in module.named_children() if key in ROOTS}
+    roots = roots_of(module)
     return assemble(graph, {key: module.get_submodule(key) for key in used}, roots, name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphlocal.data import Dataset, data_folder
+from graphlocal.demo import ResidualBlock
 from graphlocal.passes.perturb_convolutions import PerturbConvolutions
 from graphlocal.rules import Calibrated, RecLRA, Rule
 
@@ -19,22 +20,6 @@ RULES: tuple[Rule, ...] = (RecLRA(), RecLRA(derivative=True), RecLRA(depth=2), C
 QUICK = (RULES[0], RULES[1], RULES[3])
 CITED = "6.12"
 """Test error in per cent that others report of rec-LRA on CIFAR-10: J.-E. Yao, H.-E. Chen, C.-C. J. Kuo, table 1."""
-
-
-class ResidualBlock(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + x)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: batch x width x height x width of the image."""
-        inner = torch.relu(self.norm1(self.conv1(x)))
-        return torch.relu(self.norm2(self.conv2(inner)) + x)
 
 
 class ResidualNet(nn.Module):
