@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import graphlocal
-from graphlocal.targets.streams import Ran, StreamedPass
+from graphlocal.targets.lanes import Ran
+from graphlocal.targets.streams import StreamedPass
 
 FILE = Path(__file__).resolve().parent / "pictures" / "overlap-cpu.png"
 WIDTH, HIDDEN, BATCH, STEPS = 1024, 8, 256, 120

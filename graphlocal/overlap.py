@@ -23,7 +23,8 @@ from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.execution import Run
 from graphlocal.runtime import LocalModule, require_finite
 from graphlocal.targets.eager import Apply
-from graphlocal.targets.overlap import Flight, Lanes, Overlap, Part, Waits, task, tensors
+from graphlocal.targets.lanes import Flight, Lanes, Part, Waits
+from graphlocal.targets.overlap import Overlap, task, tensors
 
 MOST_STALENESS = 64
 

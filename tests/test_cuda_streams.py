@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 import graphlocal
 from graphlocal.captured_step import CapturedStep
 from graphlocal.errors import InputError
+from graphlocal.targets.lanes import Part
 from graphlocal.targets.streams import _CudaLanes, assign_lanes
 
 
@@ -70,16 +71,16 @@ def test_cuda_streams_are_issued_so_that_every_piece_waits_for_what_it_needs(nam
         return run
 
     for p in passes(local):
-        lanes = _CudaLanes(p, torch.device("cuda"))
-        p.cut = replace(p.cut, functions=tuple(checked(p, i, f) for i, f in enumerate(p.cut.functions)))
+        p.part = Part(replace(p.cut, functions=tuple(checked(p, i, f) for i, f in enumerate(p.cut.functions))))
+        lanes = _CudaLanes(p.cut, p.streams, torch.device("cuda"))
 
-        def one_step(table, p=p, lanes=lanes):
+        def one_step(flight, p=p, lanes=lanes):
             for stream in (caller, *lanes.streams):
                 stream.over.clear()
-            lanes(table)
+            lanes(flight)
             assert caller.over == set(range(len(p.cut.pieces)))
 
-        p._run = one_step
+        p._cuda = one_step
     assert_equal(trained(name, local, 3), expected)
 
 

@@ -18,7 +18,7 @@ from graphlocal import overlap
 from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.passes.overlap import seconds_a_step
 from graphlocal.rules import Backprop, RecLRA
-from graphlocal.targets.overlap import Lanes
+from graphlocal.targets.lanes import Lanes
 
 DOZEN = [
     "mlp", "deep_mlp", "dropout_mlp", "tied_weight", "called_twice", "several_inputs_outputs", "nested_output",
@@ -75,12 +75,10 @@ def small_pieces(monkeypatch) -> None:
 
 @pytest.fixture
 def traced(monkeypatch) -> list:
-    """What ran on the lanes made from now on, as (batch, piece, when and where)."""
+    """What ran on the lanes made from now on."""
     trace: list = []
     make = Lanes.__init__
-    monkeypatch.setattr(
-        Lanes, "__init__", lambda self, streams: (make(self, streams), setattr(self, "trace", trace))[0]
-    )
+    monkeypatch.setattr(Lanes, "__init__", lambda self, streams, _=None: make(self, streams, trace))
     return trace
 
 
@@ -89,7 +87,7 @@ def test_twenty_steps_equal_the_loop_bit_for_bit(name, traced):
     rule = RecLRA(error_weights="kp")
     expected = loop(name, compiled(name, rule, target="lowered"))
     assert_same(overlapped(name, compiled(name, rule, target="streams", streams=2 + DOZEN.index(name) % 3)), expected)
-    assert {batch for batch, piece, _ in traced if piece.startswith("F")} == set(range(1, 20))
+    assert {ran.step for ran in traced if ran.step is not None and ran.name[0] == "F"} == set(range(1, 20))
 
 
 @pytest.mark.parametrize("name", ["tied_weight"])
@@ -100,18 +98,18 @@ def test_backprop_overlaps_nothing_and_stays_the_same(name):
 
 def test_the_next_batch_enters_before_the_last_update(traced):
     overlapped("deep_mlp", compiled("deep_mlp", target="streams", streams=1), 6)  # one lane: an order without chance
-    last_update = max(ran.start for batch, piece, ran in traced if batch == 3 and "optimizer" in piece)
-    entered = min(ran.end for batch, piece, ran in traced if batch == 4 and piece == "F1")
+    last_update = max(ran.start for ran in traced if ran.step == 3 and "optimizer" in ran.name)
+    entered = min(ran.end for ran in traced if ran.step == 4 and ran.name == "F1")
     assert entered < last_update
-    first = min(ran.end for batch, piece, ran in traced if batch == 3 and "U1 optimizer" in piece)
-    assert first <= min(ran.start for batch, piece, ran in traced if batch == 4 and piece == "F1")
+    first = min(ran.end for ran in traced if ran.step == 3 and "U1 optimizer" in ran.name)
+    assert first <= min(ran.start for ran in traced if ran.step == 4 and ran.name == "F1")
 
 
 def test_two_lanes_work_on_two_batches_at_one_time(traced, monkeypatch):
     slowed(monkeypatch, 0.003)
     overlapped("deep_mlp", compiled("deep_mlp", target="streams", streams=2), 6)
-    forward = [ran for batch, piece, ran in traced if batch == 4 and piece.startswith("F")]
-    learning = [ran for batch, piece, ran in traced if batch == 3 and piece.startswith("D")]
+    forward = [ran for ran in traced if ran.step == 4 and ran.name.startswith("F")]
+    learning = [ran for ran in traced if ran.step == 3 and ran.name.startswith("D")]
     assert any(f.lane != d.lane and f.start < d.end and d.start < f.end for f in forward for d in learning)
 
 
@@ -119,7 +117,7 @@ def test_small_neighbours_are_one_piece(traced, monkeypatch):
     monkeypatch.setattr("graphlocal.targets.overlap.LEAST", 1.5e-4)
     expected = loop("deep_mlp", compiled("deep_mlp", target="lowered"), 6)
     assert_same(overlapped("deep_mlp", compiled("deep_mlp", target="streams"), 6), expected)
-    names = {piece for batch, piece, _ in traced if batch == 3 and piece.startswith(("F", "D"))}
+    names = {ran.name for ran in traced if ran.step == 3 and ran.name.startswith(("F", "D"))}
     assert 2 <= len([name for name in names if name.startswith("F")]) < 8
     assert any("-" in name for name in names)
 
@@ -160,7 +158,7 @@ def test_random_delays_change_nothing(name, monkeypatch):
 def test_runs_with_random_numbers_of_lanes_that_are_broken_off_at_random(name, count, monkeypatch):
     expected = loop(name, compiled(name, target="lowered"), count)
     generator, make = random.Random(1), Lanes.__init__
-    monkeypatch.setattr(Lanes, "__init__", lambda self, _: make(self, generator.randint(1, 5)))
+    monkeypatch.setattr(Lanes, "__init__", lambda self, *_: make(self, generator.randint(1, 5)))
     local = compiled(name, target="streams")
     step, losses = stepper(name, local), []
     torch.manual_seed(3)
@@ -396,9 +394,9 @@ def test_staleness_is_one_order_of_passes_whatever_the_lanes(name, staleness, mo
 def test_forward_passes_run_ahead_by_as_much_as_is_allowed(traced):
     overlapped("deep_mlp", compiled("deep_mlp", target="streams", streams=1), 9, staleness=2)
     for batch in range(1, 7):
-        begun = min(ran.start for b, piece, ran in traced if b == batch + 2 and piece == "F1")
-        updated = min(ran.start for b, piece, ran in traced if b == batch and "optimizer" in piece)
-        late = min(ran.start for b, piece, ran in traced if b == batch + 3 and piece == "F1") if batch < 6 else updated
+        begun = min(ran.start for ran in traced if ran.step == batch + 2 and ran.name == "F1")
+        updated = min(ran.start for ran in traced if ran.step == batch and "optimizer" in ran.name)
+        late = min(ran.start for ran in traced if ran.step == batch + 3 and ran.name == "F1") if batch < 6 else updated
         assert begun < updated <= late
 
 

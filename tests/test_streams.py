@@ -19,6 +19,7 @@ from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.rules import Backprop, KolenPollack, RecLRA
 from graphlocal.targets.accesses import annotate
 from graphlocal.targets.fused_updates import with_updates
+from graphlocal.targets.lanes import Lanes, Part
 from graphlocal.targets.lowered import NotLowered, lower
 from graphlocal.targets.pieces import Cut, OrderError, check_order, cut
 from graphlocal.targets.streams import StreamedPass
@@ -188,6 +189,11 @@ def test_random_numbers_and_buffers_keep_their_order_across_branches():
     assert_equal(states[1], states[0])
 
 
+def call_instead(p: StreamedPass, functions: tuple, monkeypatch) -> None:
+    """Let other functions stand for the pieces of a pass."""
+    monkeypatch.setattr(p, "part", Part(replace(p.cut, functions=functions)))
+
+
 def delay(local: graphlocal.LocalModule, seconds: float, monkeypatch) -> None:
     """Let every piece of a model sleep at random before and after it runs."""
     generator = random.Random(0)
@@ -202,7 +208,7 @@ def delay(local: graphlocal.LocalModule, seconds: float, monkeypatch) -> None:
 
             return run
 
-        monkeypatch.setattr(p, "cut", replace(p.cut, functions=tuple(map(slow, p.cut.functions))))  # fmt: skip
+        call_instead(p, tuple(map(slow, p.cut.functions)), monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["tied_weight", "several_inputs_outputs", "deep_mlp"])
@@ -252,7 +258,7 @@ def fails_in(local: graphlocal.LocalModule, wanted: str, error: BaseException, m
             fail if piece.name == wanted else function
             for piece, function in zip(p.cut.pieces, p.cut.functions, strict=True)
         ]
-        monkeypatch.setattr(p, "cut", replace(p.cut, functions=tuple(functions)))
+        call_instead(p, tuple(functions), monkeypatch)
 
 
 @pytest.mark.parametrize("streams", [1, 3])
@@ -319,13 +325,15 @@ def test_models_that_train_in_several_threads_at_a_time_do_not_block_each_other(
         )
 
 
-def test_values_are_freed_after_their_last_reader():
+def test_values_are_freed_after_their_last_reader(monkeypatch):
     local = compiled("deep_mlp", target="streams", streams=2)
     trained("deep_mlp", local, 1)
     (p,) = (p for p in passes(local) if p.cut.saved)
     tables: list[dict] = []
-    monkey = p._run
-    p._run = lambda table: (tables.append(table), monkey(table))
+    run = Lanes.run
+    monkeypatch.setattr(
+        Lanes, "run", lambda self, f: (tables.append(f.table) if f.part is p.part else None, run(self, f))
+    )
     trained("deep_mlp", local, 1)
     left = set(tables[0]) - set(p.cut.arguments)
     assert left == set(p.cut.returned)
@@ -338,7 +346,7 @@ def test_threads_inside_a_kernel_are_divided_among_the_lanes_and_given_back(monk
     seen: set[int] = set()
     for p in passes(local):
         watch = [lambda *v, f=f: (seen.add(torch.get_num_threads()), f(*v))[1] for f in p.cut.functions]
-        monkeypatch.setattr(p, "cut", replace(p.cut, functions=tuple(watch)))
+        call_instead(p, tuple(watch), monkeypatch)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
