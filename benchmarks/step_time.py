@@ -8,8 +8,10 @@ more than torch for that: `pip install --no-deps biotorch`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.util
+import math
 import statistics
 import sys
 import time
@@ -28,6 +30,7 @@ from benchmarks.report import Step
 __all__ = ["CASES", "Case", "Encoder", "Step", "loop", "loss_fn", "mlp", "ways"]
 
 CASES = SMALL
+BIOTORCH = "biotorch, feedback alignment"
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, lr=1e-4),
     "adam-fused": partial(torch.optim.Adam, lr=1e-4, fused=True),
@@ -76,14 +79,21 @@ def ways(case: Case, options: argparse.Namespace) -> dict[str, Step]:
         found["rec-lra, fused, inductor"] = fused(local("auto", "inductor"))
         found["rec-lra leaf, fused, inductor"] = fused(local("leaf", "inductor"))
     if importlib.util.find_spec("biotorch") is not None:
-        found["biotorch, feedback alignment"] = plain(_biotorch(copy.deepcopy(start)))
+        try:
+            step = plain(_biotorch(copy.deepcopy(start)))
+            step()
+        except RuntimeError as error:  # of its linear layers, which take matrices only
+            print(f"{case.title}: biotorch fails: {error}", file=sys.stderr)
+        else:
+            found[BIOTORCH] = step
     return found
 
 
 def _biotorch(model: nn.Module) -> nn.Module:
     from biotorch.module.biomodule import BioModule
 
-    made: nn.Module = BioModule(model, mode="fa")
+    with contextlib.redirect_stdout(sys.stderr):
+        made: nn.Module = BioModule(model, mode="fa")
     return made
 
 
@@ -104,7 +114,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, list[float]]:
 def row(case: Case, times: dict[str, list[float]], names: Sequence[str]) -> list[str]:
     """A row of the table: milliseconds of backprop, and the ratio of each other way with its spread."""
     cells = [case.title, str(case.batch), f"{1000 * statistics.median(times['backprop']):.2f}"]
-    return cells + [report.ratio(times[name], times["backprop"]) for name in names]
+    return cells + [report.ratio(times[name], times["backprop"]) if name in times else "fails" for name in names]
 
 
 def plot(name: str, cases: Sequence[Case], found: list[dict[str, list[float]]], names: Sequence[str]) -> None:
@@ -112,7 +122,9 @@ def plot(name: str, cases: Sequence[Case], found: list[dict[str, list[float]]], 
     width = 0.8 / len(names)
     with report.picture(name, 3 + 1.5 * len(cases), 4.2) as axes:
         for k, way in enumerate(names):
-            rows = [report.quartiles(times[way], times["backprop"]) for times in found]
+            rows = [
+                report.quartiles(times[way], times["backprop"]) if way in times else (math.nan,) * 3 for times in found
+            ]
             middles = [middle for _, middle, _ in rows]
             spread = [[middle - low for low, middle, _ in rows], [high - middle for _, middle, high in rows]]
             places = [i + width * (k - (len(names) - 1) / 2) for i in range(len(rows))]
@@ -141,7 +153,7 @@ def main() -> None:
     cases = [case for case in (LARGE if options.large else SMALL) if options.only in case.title]
     found = [measure(case, options) for case in cases]
     cases = [on_gpu(case) for case in cases] if options.device == "cuda" else cases
-    names = [name for name in found[0] if name != "backprop"]
+    names = list(dict.fromkeys(name for times in found for name in times if name != "backprop"))
     parts = ["step_time", *(["large"] if options.large else []), *(["compiled"] if options.compiled else [])]
     parts += [] if options.device == "cpu" else [options.device, options.dtype]
     name = "_".join(parts)
