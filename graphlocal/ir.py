@@ -99,6 +99,16 @@ class Operation:
     discrete_of: str = ""
     flops: int = 0
 
+    @property
+    def discrete_input(self) -> str:
+        """The value that the discrete or stochastic unit was applied to; empty for any other operation."""
+        return self.discrete_of.removeprefix("-")
+
+    @property
+    def discrete_sign(self) -> int:
+        """1, or -1 for a unit that falls with its input."""
+        return -1 if self.discrete_of.startswith("-") else 1
+
 
 @dataclass(frozen=True)
 class Representation:

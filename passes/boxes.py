@@ -131,7 +131,7 @@ def _join_producer(
 
     at_once: only if an input is in a box already.
     """
-    inputs = [op.discrete_of.removeprefix("-")] if op.discrete_of else list(op.inputs)
+    inputs = [op.discrete_input] if op.discrete_of else list(op.inputs)
     if at_once and all(found.get(source, PRELUDE) == PRELUDE for source in inputs):
         return False
     producers, pending, seen = [], inputs, set[str]()

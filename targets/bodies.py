@@ -65,7 +65,7 @@ def subgraph_body(
         copied[node] = _copy(body, node, copied, twins, name in passed)
         unit = graph.operation[name]
         if unit.discrete_of:
-            f = copied[nodes[unit.discrete_of.removeprefix("-")]]
+            f = copied[nodes[unit.discrete_input]]
             if name in scored:
                 scores.append(body.call_function(log_probability, (copied[node], f)))
             else:
@@ -94,11 +94,10 @@ def _past_unit(
     body: fx.Graph, graph: LocalGraph, unit: Operation, result: fx.Node, f: fx.Node, slope: fx.Node | None
 ) -> fx.Node:
     """The result of a discrete unit g(f), whose error goes to f, with the slope of what squashes f if one is given."""
-    sign = -1 if unit.discrete_of.startswith("-") else 1
     squashing = squashing_of(graph, unit) if slope is not None else ""
     if squashing:
-        return body.call_function(pass_with_slope, (result, f, sign, squashing, slope))
-    return body.call_function(pass_by, (result, f, sign))
+        return body.call_function(pass_with_slope, (result, f, unit.discrete_sign, squashing, slope))
+    return body.call_function(pass_by, (result, f, unit.discrete_sign))
 
 
 def _with_twins(

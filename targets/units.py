@@ -110,7 +110,7 @@ _SIGN = re.compile(r"aten\.(sign|sgn)\.")
 
 def squashing_of(graph: LocalGraph, unit: Operation) -> str:
     """The squashing function that a unit (its last operation) was marked with; tanh for a bare sign; else ""."""
-    x = unit.discrete_of.removeprefix("-")
+    x = unit.discrete_input
     for op in graph.operations:
         match = _SQUASHING.match(op.target)
         if match and op.inputs[:1] == (x,) and unit.group and op.group == unit.group:

@@ -186,8 +186,8 @@ def _references(
             yield from several(f"{place}.states", op.states, "state", states)
             written = (effect.removeprefix("writes ") for effect in op.effects if effect.startswith("writes "))
             yield from ((f"{place}.effects", name, "state", states) for name in written)
-            if op.discrete_of and op.discrete_of not in values:
-                yield f"{place}.discrete_of", op.discrete_of.removeprefix("-"), "value", values
+            if op.discrete_of:
+                yield f"{place}.discrete_of", op.discrete_input, "value", values
     for i, subgraph in enumerate(graph.subgraphs):
         place = f"graph.subgraphs[{i}]"
         yield from several(f"{place}.operations", subgraph.operations, "operation", computed)

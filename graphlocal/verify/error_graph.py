@@ -26,7 +26,7 @@ def influential_operations(graph: LocalGraph) -> frozenset[str]:
         if value not in found and carries_derivative(graph.operation[value]):
             found.add(value)
             op = graph.operation[value]
-            for source in (*op.inputs, op.discrete_of.removeprefix("-")):
+            for source in (*op.inputs, op.discrete_input):
                 inside = graph.owner.get(source) == graph.owner.get(value)
                 if source in graph.operation and (inside or graph.is_float(source)):
                     waiting.append(source)
