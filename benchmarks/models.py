@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from graphlocal.demo import SmallResNet
+from graphlocal.torchvision_operators import declare_operators
 
 VOCABULARY = 50257
 
@@ -120,11 +119,8 @@ def vit_small() -> nn.Module:
 
 
 def _torchvision() -> object:
-    """torchvision's models, whose import takes a declaration beside a CPU build of torch."""
-    tests = str(Path(__file__).resolve().parent.parent / "tests")
-    if tests not in sys.path:
-        sys.path.append(tests)
-    import conftest  # noqa: F401
+    """torchvision's models."""
+    declare_operators()
     import torchvision
 
     return torchvision.models

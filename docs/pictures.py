@@ -5,7 +5,6 @@ Needs torchvision, transformers, playwright and a Chromium on the machine; `make
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import graphlocal
 from graphlocal import LocalModule
 from graphlocal.rules import RecLRA
 from graphlocal.targets.page import page
+from graphlocal.torchvision_operators import declare_operators
 
 HERE = Path(__file__).resolve().parent / "pictures"
 
@@ -110,8 +110,7 @@ PICTURES = (
 def main(names: list[str]) -> None:
     """Make the pictures of these names, or all."""
     HERE.mkdir(exist_ok=True)
-    sys.path.insert(0, str(HERE.parents[1] / "tests"))
-    importlib.import_module("conftest")  # declares what torchvision needs beside a CPU build of torch
+    declare_operators()
     torch.manual_seed(0)
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from graphlocal.errors import InputError, nearest
+from graphlocal.torchvision_operators import declare_operators
 
 _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?:(?P<dtype>[a-z]+\d+|bool):)?(?P<shape>\d+(?:x\d+)*)(?:<(?P<high>\d+))?")
-
-_OF_ANOTHER_TORCH = "torchvision was built for another build of torch: install both from one place, or both for the CPU"
 
 
 def load_model(name: str, settings: Sequence[str]) -> nn.Module:
@@ -30,11 +29,11 @@ def load_model(name: str, settings: Sequence[str]) -> nn.Module:
         raise InputError(f"MODEL is {name!r}", remedy="write module:callable, such as torchvision.models:resnet18")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    declare_operators()
     try:
         made_by: Any = importlib.import_module(module_name)
     except Exception as error:  # whatever the module does when imported
-        remedy = _OF_ANOTHER_TORCH if "operator torchvision::" in str(error) else None
-        raise InputError(f"the module {module_name!r} can't be imported", why=_why(error), remedy=remedy) from error
+        raise InputError(f"the module {module_name!r} can't be imported", why=_why(error)) from error
     for part in attribute.split("."):
         if not hasattr(made_by, part):
             near = nearest(part, [n for n in dir(made_by) if not n.startswith("_")])

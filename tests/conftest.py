@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import _thread
-import importlib.util
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
+from graphlocal.torchvision_operators import declare_operators
 
-
-def declare_torchvision_operators() -> torch.library.Library | None:
-    """Declare the operators that `import torchvision` needs where its C++ library cannot load.
-
-    torchvision 0.28.0 registers shape functions for these two when imported. Its wheel from PyPI
-    is linked against a CUDA build of torch, so beside a CPU build they don't exist.
-    The result must be kept: the declarations live as long as it does.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        for path in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(path)
-    except OSError:
-        pass
-    if hasattr(torch.ops.torchvision, "nms"):
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    for schema in SCHEMAS:
-        library.define(schema)
-    return library
-
-
-TORCHVISION = declare_torchvision_operators()
+declare_operators()  # before any test file imports torchvision
 
 torch.set_num_threads(1)  # pytest-xdist already runs one worker for each core
 

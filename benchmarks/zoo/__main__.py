@@ -24,8 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import conftest  # noqa: E402, F401  declares what torchvision needs, before it is imported
-
 from benchmarks import report  # noqa: E402
 from benchmarks.zoo import catalogue  # noqa: E402
 from benchmarks.zoo.smoke import SMOKE  # noqa: E402

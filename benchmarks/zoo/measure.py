@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-import conftest  # noqa: F401  declares what torchvision needs, before it is imported
 import training  # the comparison that the tests make
 
 import graphlocal

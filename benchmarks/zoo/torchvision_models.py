@@ -1,7 +1,4 @@
-"""torchvision's models, one of every family: classification, segmentation, detection backbones, video, optical flow.
-
-torchvision must be importable: beside a CPU-only torch that takes the declarations of `tests/conftest.py`.
-"""
+"""torchvision's models, one of every family: classification, segmentation, detection backbones, video, optical flow."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from graphlocal.data import Dataset
 from graphlocal.errors import InputError
+from graphlocal.torchvision_operators import declare_operators
 
 CLASSES = ("disc", "ring", "square", "frame", "cross", "bars", "stripes", "dots", "wedge", "halves")
 
@@ -58,6 +59,7 @@ def loaders(folder: Path, size: int, batch: int, workers: int) -> tuple[DataLoad
 
     Raises InputError where there are none.
     """
+    declare_operators()
     from torchvision import datasets, transforms
 
     normal = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
