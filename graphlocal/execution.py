@@ -15,12 +15,14 @@ from graphlocal.preserve import preserved
 from graphlocal.targets.accesses import annotate
 from graphlocal.targets.batched import batched
 from graphlocal.targets.compilation import Compilation
+from graphlocal.targets.fast_tanh import replace_tanh
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
 from graphlocal.targets.overlap import Overlap, overlap
 from graphlocal.targets.recompute import recompute
+from graphlocal.targets.stacked_updates import stack_updates
 from graphlocal.targets.stacking import ALL, GPU, Stacking
 from graphlocal.targets.streams import streamed
 from graphlocal.targets.training_graph import TrainingGraph, split
@@ -137,7 +139,10 @@ class Execution:
             return self._by_inductor(lowered, fused)
         if not fused:
             return plain
-        passes = self._passes_of(with_updates(lowered))
+        updating = with_updates(lowered)
+        if self.batches:
+            stack_updates(updating)
+        passes = self._passes_of(updating)
         return replace(passes, lowered=lowered) if self.target == "streams" else passes
 
     def lowered(self, leaves: Sequence[Any]) -> TrainingGraph:
@@ -171,6 +176,8 @@ class Execution:
         if self.target == "streams":
             annotate(lowered)
         forward, error = split(lowered)
+        if self.target in ("auto", "batched"):
+            replace_tanh(error.graph)
         if self.target == "streams":
             streams = self.compiled.streams
             return Passes(streamed(forward, streams), streamed(error, streams), self.taken)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from graphlocal.artefact.write import write_model
 from graphlocal.compiler import COMPUTED, Compiled, Options, build, require_schedule
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.execution import Run
+from graphlocal.finite import UpdateNorms, require_finite
 from graphlocal.fitting import STEPS
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import training_mode, undone_on
@@ -29,8 +29,6 @@ from graphlocal.targets import exports
 from graphlocal.targets.show import Drawing, draw, write
 
 MANY_RECOMPILATIONS = 8
-FEW = 24
-"""So many numbers are added up faster in Python than by torch."""
 
 
 class LocalModule(nn.Module):
@@ -371,7 +369,8 @@ class LocalStep:
             self.labels, self.local.losses = (self.local.losses,), None
         weights, feedback, inputs = self.run.error_pass(aligned, retain=retain, labels=self.labels or ())
         if self.local.check_finite:
-            norms = update_norms(self.compiled.training.weights, weights)
+            norms = UpdateNorms()
+            norms.add(self.compiled.training.weights, weights)
             require_finite(self.compiled, aligned, norms)
         return [*weights, *feedback, *(inputs[i] for i in self.inputs)]
 
@@ -407,42 +406,3 @@ def _refuse_lost_input_gradients(compiled: Compiled, leaves: list[Any]) -> None:
                         why="that subgraph trains nothing, so it has no error neuron to send one",
                         remedy="detach the input, or unfreeze the subgraph's parameters",
                     )
-
-
-def update_norms(names: Sequence[str], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """The norm of each dense update, by the parameter's name; nothing waits for the device."""
-    found = {n: g for n, g in zip(names, gradients, strict=True) if g is not None and not g.is_sparse}
-    return dict(zip(found, torch._foreach_norm(list(found.values())), strict=True)) if found else {}
-
-
-def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], norms: dict[str, Tensor]) -> None:
-    """Raise LocalTrainingError, naming the subgraph, if the norm of an update is not a number.
-
-    An infinite output error is let pass: a loss scaler makes it, looks for it, and skips the step.
-    """
-    found = list(norms.values())
-    if len({norm.device for norm in found}) > 1:  # a model on several devices
-        found = [norm.to(found[0].device) for norm in found]
-    if len(found) <= FEW and all(norm.device.type == "cpu" for norm in found):
-        total = sum(norm.item() for norm in found)
-    else:
-        total = torch.stack(found).sum().item()
-    if not math.isnan(total):
-        return
-    if any(error is not None and bool(error.isinf().any()) for error in errors):
-        return
-    if any(error is not None and bool(error.isnan().any()) for error in errors):
-        raise LocalTrainingError(
-            "the error of the output is not a number",
-            why="the loss or the outputs hold NaN",
-            remedy="lower the learning rate, or look for NaN in the inputs (set local.check_finite = False to go on)",
-        )
-    bad = {name for name, norm in norms.items() if bool(norm.isnan())}
-    order = [compiled.graph.subgraphs[a.subgraph - 1] for a in compiled.graph.schedule if a.kind == "D"]
-    subgraph = next(s for s in (order or reversed(compiled.graph.subgraphs)) if bad.intersection(s.states))
-    raise LocalTrainingError(
-        f"the local error of subgraph {subgraph.name!r} is not a number",
-        where=compiled.graph.operation[subgraph.operations[0]].source,
-        why=f"its update of {next(name for name in subgraph.states if name in bad)} holds NaN",
-        remedy="lower the learning rate or beta (set local.check_finite = False to go on)",
-    )

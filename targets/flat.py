@@ -7,6 +7,7 @@ pieces are called without `nn.Module.__call__`, and parameters are bound once.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ _DIRECT: dict[str, Callable[..., Any]] = {
         "addcdiv.default": torch.addcdiv, "clamp_min.default": torch.clamp_min, "sum.dim_IntList": torch.sum,
         "linalg_vector_norm.default": torch.linalg.vector_norm, "view.default": torch.Tensor.view,
         "transpose.int": torch.transpose, "permute.default": torch.permute, "unsqueeze.default": torch.unsqueeze,
-        "expand.default": torch.Tensor.expand, "convolution.default": torch.convolution,
+        "expand.default": torch.Tensor.expand, "convolution.default": torch.convolution, "linear.default": torch._C._nn.linear,
     }.items()
 }  # fmt: skip
 """torch's own functions in place of its operators: the same kernels, called with half the overhead."""
@@ -52,11 +53,16 @@ def flatten(module: fx.GraphModule) -> Callable[..., Any]:
             name = f"parameter{len(vars(bound))}"
             setattr(bound, name, parameter)
             copied[node] = graph.get_attr(name)
+        elif node.op == "get_attr" and (table := _table(module, str(node.target))) is not None:
+            name, key = str(node.target).split(".")
+            setattr(bound, f"{name}_table", table)
+            copied[node] = graph.call_function(operator.getitem, (graph.get_attr(f"{name}_table"), key))
         elif node.op == "output":
             graph.output(fx.map_arg(node.args[0], copied.__getitem__))
         else:
             copied[node] = graph.node_copy(node, copied.__getitem__)
     _take_apart(graph)
+    _join_linear(graph, bound)
     return _compile(graph, bound)
 
 
@@ -93,6 +99,26 @@ def _parameter(module: nn.Module, target: str) -> nn.Parameter | None:
     """The parameter of the user's model that a node reads; the runtime watches for a new one."""
     owner, _, name = target.rpartition(".")
     return module.get_submodule(owner)._parameters.get(name) if owner.startswith("original") else None
+
+
+def _table(module: nn.Module, target: str) -> dict[str, Any] | None:
+    """The dictionary in which a feedback map is looked up at each step, past `nn.Module.__getattr__`."""
+    owner, _, name = target.rpartition(".")
+    maps = module.get_submodule(owner) if owner == "error_weights" else nn.Module()
+    tables: tuple[dict[str, Any], ...] = (maps._buffers, maps._parameters)
+    return next((table for table in tables if name in table), None)
+
+
+def _join_linear(graph: fx.Graph, bound: SimpleNamespace) -> None:
+    """`addmm(bias, x, t(weight))` of parameters as `linear`, which is the same kernel without a view made in Python."""
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)):
+        bias, x, transposed = node.args
+        if node.kwargs or not isinstance(transposed, fx.Node) or transposed.target is not torch.ops.aten.t.default:
+            continue
+        if isinstance(bias, fx.Node) and bias.op == "get_attr" and getattr(bound, str(bias.target)).dim() == 1:
+            node.target, node.args = torch.ops.aten.linear.default, (x, transposed.args[0], bias)
+            if not transposed.users:
+                graph.erase_node(transposed)
 
 
 def _compile(graph: fx.Graph, bound: SimpleNamespace) -> Callable[..., Any]:
