@@ -14,7 +14,6 @@ from graphlocal.errors import LocalTrainingError
 FEW = 24
 """So many numbers are added up faster in Python than by torch."""
 
-
 class UpdateNorms:
     """The norms of a step's dense updates; nothing waits for the device until `total`.
 
@@ -47,9 +46,11 @@ class UpdateNorms:
 
     def total(self) -> float:
         """The sum of all norms: not a number exactly if an update holds NaN."""
-        sums = [norm for _, norms in self.found for norm in ((norms.sum(),) if isinstance(norms, Tensor) else norms)]
-        if len(sums) <= FEW and all(norm.device.type == "cpu" for norm in sums):
-            return sum(norm.item() for norm in sums)
+        sums: list[Tensor] = []
+        for _, norms in self.found:
+            sums += (norms.sum(),) if isinstance(norms, Tensor) else norms
+        if len(sums) <= FEW and not any([norm.is_cuda for norm in sums]):
+            return sum([norm.item() for norm in sums])
         return float(torch.stack(_on_one_device(sums)).sum())
 
     def bad(self) -> set[str]:

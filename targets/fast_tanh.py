@@ -13,16 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphlocal.targets.reuse import NEW, ends_in
+
 aten = torch.ops.aten
 
 ENOUGH = 2048
 """Numbers below which three short calls take longer than one long one."""
 
+_HALF = torch.tensor(0.5, device="cpu")
+"""A tensor, since torch takes a microsecond to make one of a number."""
+
 
 def minus_tanh(z: Tensor, u: Tensor) -> Tensor:
     """z - tanh(u), for float32 and float64."""
-    half = torch.mul(u, 2).sigmoid_().sub_(0.5)  # exact from here on, for sigmoids above a quarter
+    return minus_tanh_over(z, u.clone())
+
+
+def minus_tanh_over(z: Tensor, u: Tensor) -> Tensor:
+    """The same; u's memory holds something else afterwards."""
+    half = u.add_(u).sigmoid_().sub_(_HALF)  # exact from here on, for sigmoids above a quarter
     return torch.sub(z, half, alpha=2)
+
+
+NEW.update({minus_tanh, minus_tanh_over})
 
 
 def replace_tanh(graph: fx.Graph) -> None:
@@ -33,7 +46,8 @@ def replace_tanh(graph: fx.Graph) -> None:
             continue
         if node.kwargs or not _pays(node.meta.get("val"), inner.meta.get("val")):
             continue
-        node.target, node.args = minus_tanh, (node.args[0], inner.args[0])
+        u = inner.args[0]
+        node.target, node.args = minus_tanh_over if ends_in(u, inner) else minus_tanh, (node.args[0], u)
         graph.erase_node(inner)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphlocal.targets.reuse import reuse
+
 _OPERATOR = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.(\w+)(?=\()")
 
 
@@ -34,10 +36,11 @@ _DIRECT: dict[str, Callable[..., Any]] = {
 """torch's own functions in place of its operators: the same kernels, called with half the overhead."""
 
 
-def flatten(module: fx.GraphModule) -> Callable[..., Any]:
+def flatten(module: fx.GraphModule, lowered: bool = False) -> Callable[..., Any]:
     """The function that `module` computes, for as long as the user's model has the same parameter objects.
 
-    Buffers and feedback maps are looked up when it runs.
+    Buffers and feedback maps are looked up when it runs. lowered: its operators run without autograd, so that they may
+    work in place.
     """
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     bound = SimpleNamespace(**dict(module.named_children()))
@@ -63,6 +66,9 @@ def flatten(module: fx.GraphModule) -> Callable[..., Any]:
             copied[node] = graph.node_copy(node, copied.__getitem__)
     _take_apart(graph)
     _join_linear(graph, bound)
+    _bind_numbers(graph, bound)
+    if lowered:
+        reuse(graph)
     return _compile(graph, bound)
 
 
@@ -119,6 +125,20 @@ def _join_linear(graph: fx.Graph, bound: SimpleNamespace) -> None:
             node.target, node.args = torch.ops.aten.linear.default, (x, transposed.args[0], bias)
             if not transposed.users:
                 graph.erase_node(transposed)
+
+
+def _bind_numbers(graph: fx.Graph, bound: SimpleNamespace) -> None:
+    """Numbers that tensors are added to or multiplied with, made into tensors once and not at every call."""
+    for target in (torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor):
+        for node in list(graph.find_nodes(op="call_function", target=target)):
+            value, number = node.meta.get("val"), node.args[1]
+            if node.kwargs or not isinstance(number, (int, float)) or not isinstance(value, torch.Tensor):
+                continue
+            if value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64):
+                name = f"number{len(vars(bound))}"
+                setattr(bound, name, torch.tensor(number, dtype=value.dtype, device="cpu"))
+                with graph.inserting_before(node):
+                    node.args = (node.args[0], graph.get_attr(name))
 
 
 def _compile(graph: fx.Graph, bound: SimpleNamespace) -> Callable[..., Any]:
