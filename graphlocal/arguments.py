@@ -78,7 +78,7 @@ class Binder:
 
         Raises InputError if the call does not fit the model's signature.
         """
-        plain = not kwargs and all([type(x) is torch.Tensor for x in args])
+        plain = not kwargs and all(type(x) is torch.Tensor for x in args)
         if plain and len(args) in self._of_tensors:
             return list(args), self._of_tensors[len(args)]
         leaves, spec = pytree.tree_flatten(self._canonical(args, kwargs))

@@ -182,7 +182,7 @@ class Execution:
         if self.target == "streams":
             streams = self.compiled.streams
             return Passes(streamed(forward, streams), streamed(error, streams), self.taken)
-        forward_pass, error_pass = (_without_autograd(flatten(part, lowered=True)) for part in (forward, error))
+        forward_pass, error_pass = (_without_autograd(flatten(part, self.batches > 0)) for part in (forward, error))
         return Passes(forward_pass, error_pass, self.taken)
 
     def _by_inductor(self, lowered: TrainingGraph, fused: bool) -> Passes:

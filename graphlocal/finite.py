@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from graphlocal.errors import LocalTrainingError
 
 FEW = 24
 """So many numbers are added up faster in Python than by torch."""
+
 
 class UpdateNorms:
     """The norms of a step's dense updates; nothing waits for the device until `total`.
@@ -49,13 +51,16 @@ class UpdateNorms:
         sums: list[Tensor] = []
         for _, norms in self.found:
             sums += (norms.sum(),) if isinstance(norms, Tensor) else norms
-        if len(sums) <= FEW and not any([norm.is_cuda for norm in sums]):
+        if len(sums) <= FEW and not any(map(_IS_CUDA, sums)):
             return sum([norm.item() for norm in sums])
         return float(torch.stack(_on_one_device(sums)).sum())
 
     def bad(self) -> set[str]:
         """The names of the updates whose norm is not a number."""
         return {name for names, norms in self.found for name, norm in zip(names, norms, strict=True) if norm.isnan()}
+
+
+_IS_CUDA = operator.attrgetter("is_cuda")
 
 
 def _on_one_device(norms: list[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -36,7 +37,8 @@ class PartialOptimizer:
             _Kernel(self.whole, group, mine, [wanted[id(p)] for p in mine]) for group, mine in self.groups if mine
         ]
 
-    def step(self, gradients: Gradients) -> None:
+    def step(self, gradients: Gradients, lent: bool = False) -> None:
+        """lent: the same tensors come again in the next step, with other numbers in them."""
         groups = self.whole.param_groups
         if (
             self.whole.state is not self.state
@@ -44,12 +46,15 @@ class PartialOptimizer:
             or any(a is not b for a, (b, _) in zip(groups, self.groups, strict=True))
         ):
             self._divide()  # after load_state_dict or add_param_group
-        prepared = [] if _hooked(self.whole) else [kernel.prepared(gradients) for kernel in self.kernels]
-        if len(prepared) == len(self.kernels) and None not in prepared:
-            for kernel, mine in zip(self.kernels, prepared, strict=True):
-                kernel.step(mine)
+        hooked = _hooked(self.whole)
+        prepared = [] if hooked else [kernel.prepared(gradients, lent) for kernel in self.kernels]
+        mine = [taken for taken in prepared if taken is not None]
+        if not hooked and len(mine) == len(self.kernels):
+            for kernel, own in zip(self.kernels, mine, strict=True):
+                kernel.step(own)
         else:
-            self._step_of_the_view(gradients)
+            # who is not a kernel may keep them
+            self._step_of_the_view([g if g is None else g.clone() for g in gradients] if lent else gradients)
         self.whole._opt_called = True  # type: ignore[attr-defined]  # lr_scheduler looks for it
 
     def _step_of_the_view(self, gradients: Gradients) -> None:
@@ -78,16 +83,27 @@ class Norms(Protocol):
     def add_stack(self, names: Sequence[str], stack: Tensor) -> None: ...
 
 
+class Stacks(Protocol):
+    """Gradients in memory that something else takes later; `graphlocal.targets.scratch.Lent` is one."""
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]: ...
+    @property
+    def stacks(self) -> tuple[Tensor, ...]: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def gradients(self) -> tuple[Tensor, ...]: ...
+
+
 class Gathering:
     """`apply(names, gradients)` for an error pass: hands gradients on as soon as there are `enough` numbers of them.
 
-    norms: takes note of all that is handed on.
+    hand_on: called with names and gradients, and with lent=True if they must be looked at now. norms: takes note of
+    all that is handed on.
     """
 
-    def __init__(
-        self, hand_on: Callable[[tuple[str, ...], tuple[Tensor | None, ...]], None], enough: int,
-        norms: Norms | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, hand_on: Callable[..., None], enough: int, norms: Norms | None = None) -> None:
         self.hand_on, self.enough, self.norms = hand_on, enough, norms
         self.names: list[str] = []
         self.gradients: list[Tensor | None] = []
@@ -116,17 +132,26 @@ class Gathering:
         if self.count >= self.enough:
             self.flush()
 
+    def lent(self, lent: Stacks) -> None:
+        """The same for gradients whose memory is needed again; they wait for nothing."""
+        self.flush()
+        if self.norms is not None:
+            for group, stack in zip(lent.groups, lent.stacks, strict=True):
+                self.norms.add_stack(group, stack)
+        self.hand_on(lent.names, lent.gradients, lent=True)
+
     def _note(self) -> None:
         if self.norms is not None and self.noted < len(self.gradients):
             self.norms.add(self.names[self.noted :], self.gradients[self.noted :])
 
     def flush(self) -> None:
         """Hand on all that waits."""
+        if not self.names:
+            return
         self._note()
         names, gradients = tuple(self.names), tuple(self.gradients)
         self.names, self.gradients, self.noted, self.count = [], [], 0, 0
-        if names:
-            self.hand_on(names, gradients)
+        self.hand_on(names, gradients)
 
 
 def _hooked(optimizer: Optimizer) -> bool:
@@ -152,6 +177,7 @@ class _Kernel:
         self.able = known and len(kinds) == 1 and self.dtype.is_floating_point and parameters[0].layout is torch.strided
         self.steps: list[Tensor] = []
         self.states = self._find_states() if self.able else None
+        self.known: tuple[Gradients, list[Tensor]] | None = None  # what was lent last, and what was prepared of it
 
     def _find_states(self) -> list[dict[str, Any]] | None:
         """The state of each parameter, or None until a first step has made it."""
@@ -179,7 +205,7 @@ class _Kernel:
             return False
         return not (group["differentiable"] or group.get("capturable"))
 
-    def prepared(self, gradients: Gradients) -> list[Tensor] | None:
+    def prepared(self, gradients: Gradients, lent: bool = False) -> list[Tensor] | None:
         """This group's gradients, in the layouts of the parameters; None if the kernel can't take them."""
         if not self.able or not self._settings_allow():
             return None
@@ -187,17 +213,30 @@ class _Kernel:
             self.states = self._find_states()
         if self.states is None:
             return None
+        if self.known is not None and self.known[0] is gradients and all(map(Tensor.is_contiguous, self.parameters)):
+            return self.known[1]
         mine = []
         for i, parameter in zip(self.places, self.parameters, strict=True):
             gradient = gradients[i]
             if gradient is None or gradient.dtype is not self.dtype or gradient.layout is not torch.strided:
                 return None
             mine.append(gradient if gradient.stride() == parameter.stride() else _like(gradient, parameter))
+        unchanged = lent and all(
+            gradients[i] is g and g.is_contiguous() for i, g in zip(self.places, mine, strict=True)
+        )
+        self.known = (gradients, mine) if unchanged else None
         return mine
 
-    @torch.no_grad()
-    def step(self, mine: Any) -> None:
+    def step(self, mine: list[Tensor]) -> None:
         """Update the parameters by what `prepared` gave."""
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            self._step(mine)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    def _step(self, mine: Any) -> None:
         group, states = self.group, self.states or []
         parameters: Any = self.parameters
         common: Any = {"lr": group["lr"], "weight_decay": group["weight_decay"], "maximize": group["maximize"]}
@@ -219,7 +258,7 @@ class _Kernel:
     def _count(self) -> None:
         """Add 1 to each parameter's count of steps. They lie side by side, so that one addition does it for all."""
         states = self.states or []
-        if not self.steps or not all(state["step"] is count for state, count in zip(states, self.steps, strict=True)):
+        if not self.steps or not all(map(operator.is_, [state["step"] for state in states], self.steps)):
             self.counts = torch.stack([state["step"] for state in states])
             self.steps = list(self.counts.unbind(0))
             for state, count in zip(states, self.steps, strict=True):

@@ -340,7 +340,18 @@ class LocalModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_binder", "_cache", "_last", "_last_spec", "_watched", "_weights", "_dicts", "_structure", "_recompilations", "_lag")
+        derived = (
+            "_binder",
+            "_cache",
+            "_last",
+            "_last_spec",
+            "_watched",
+            "_weights",
+            "_dicts",
+            "_structure",
+            "_recompilations",
+            "_lag",
+        )
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -381,7 +392,9 @@ class LocalStep:
         if len(attached) == len(outputs):
             return list(attached)
         rest = iter(attached)
-        return [next(rest) if differentiable else _detached(v) for v, differentiable in zip(outputs, taken, strict=True)]
+        return [
+            next(rest) if differentiable else _detached(v) for v, differentiable in zip(outputs, taken, strict=True)
+        ]
 
     def backward(self, errors: Sequence[Tensor | None], retain: bool) -> list[Tensor | None]:
         """The gradients of the parameters, of the learned feedback maps, and of the inputs that want one."""
@@ -430,7 +443,7 @@ def _backward(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _keeps_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-_backward_once = once_differentiable(_backward)  # type: ignore[no-untyped-call]
+_backward_once = once_differentiable(_backward)
 """For `create_graph=True`."""
 
 _apply_untransformed: Any = super(torch.autograd.Function, _LocalUpdates).apply

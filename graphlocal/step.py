@@ -178,7 +178,9 @@ class TrainStep:
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
         return loss.detach(), tuple(next(found) if taken else None for taken in compiled.differentiable)
 
-    def _apply(self, compiled: Compiled, names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
+    def _apply(
+        self, compiled: Compiled, names: tuple[str, ...], gradients: tuple[Tensor | None, ...], lent: bool = False
+    ) -> None:
         key = (compiled, names)
         if not names:
             return
@@ -186,7 +188,7 @@ class TrainStep:
             assert self.optimizer is not None
             parameters = [self._parameter(name) for name in names]
             self._parts[key] = PartialOptimizer(self.optimizer, parameters)
-        self._parts[key].step(gradients)
+        self._parts[key].step(gradients, lent)
 
     def _parameter(self, name: str) -> nn.Parameter:
         if name.startswith(ERROR_WEIGHTS):

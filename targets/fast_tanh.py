@@ -25,7 +25,7 @@ _HALF = torch.tensor(0.5, device="cpu")
 
 
 def minus_tanh(z: Tensor, u: Tensor) -> Tensor:
-    """z - tanh(u), for float32 and float64."""
+    """The difference z - tanh(u), for float32 and float64."""
     return minus_tanh_over(z, u.clone())
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from graphlocal.targets.reuse import reuse
+from graphlocal.targets.scratch import lend
 
 _OPERATOR = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.(\w+)(?=\()")
 
@@ -30,17 +31,18 @@ _DIRECT: dict[str, Callable[..., Any]] = {
         "addcdiv.default": torch.addcdiv, "clamp_min.default": torch.clamp_min, "sum.dim_IntList": torch.sum,
         "linalg_vector_norm.default": torch.linalg.vector_norm, "view.default": torch.Tensor.view,
         "transpose.int": torch.transpose, "permute.default": torch.permute, "unsqueeze.default": torch.unsqueeze,
-        "expand.default": torch.Tensor.expand, "convolution.default": torch.convolution, "linear.default": torch._C._nn.linear,
+        "expand.default": torch.Tensor.expand, "convolution.default": torch.convolution,
+        "linear.default": torch._C._nn.linear,
     }.items()
 }  # fmt: skip
 """torch's own functions in place of its operators: the same kernels, called with half the overhead."""
 
 
-def flatten(module: fx.GraphModule, lowered: bool = False) -> Callable[..., Any]:
+def flatten(module: fx.GraphModule, stacked: bool = False) -> Callable[..., Any]:
     """The function that `module` computes, for as long as the user's model has the same parameter objects.
 
-    Buffers and feedback maps are looked up when it runs. lowered: its operators run without autograd, so that they may
-    work in place.
+    Buffers and feedback maps are looked up when it runs. stacked: of a lowered graph with batches, whose stacks are
+    large enough that they had better stay in one place.
     """
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     bound = SimpleNamespace(**dict(module.named_children()))
@@ -67,8 +69,9 @@ def flatten(module: fx.GraphModule, lowered: bool = False) -> Callable[..., Any]
     _take_apart(graph)
     _join_linear(graph, bound)
     _bind_numbers(graph, bound)
-    if lowered:
+    if stacked:
         reuse(graph)
+        lend(graph, bound)
     return _compile(graph, bound)
 
 

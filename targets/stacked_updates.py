@@ -65,7 +65,7 @@ def _stacks(node: fx.Node) -> list[tuple[tuple[str, ...], fx.Node]]:
         if isinstance(gradient, fx.Node) and gradient.target is operator.getitem:
             unbound, place = gradient.args
             if isinstance(unbound, fx.Node) and unbound.target is aten.unbind.int and unbound.args[1:] in ((), (0,)):
-                members.setdefault(unbound, {})[int(place)] = name  # type: ignore[arg-type, call-overload]
+                members.setdefault(unbound, {})[int(place)] = name  # type: ignore[arg-type]
     found = []
     for unbound, mine in members.items():
         stack: Any = unbound.args[0]
