@@ -1,9 +1,9 @@
 """Time of a training step against eager backpropagation, in the same process and in turn.
 
 Every round times each way in turn, so that a noisy machine slows all alike; the ratio is taken within the round. All
-ways have the same optimizer, and run with target="auto" unless they say otherwise: what a user gets. biotorch's feedback
-alignment is measured too if that package can be imported (it needs no more than torch for that: `pip install --no-deps
-biotorch`).
+ways have the same optimizer, and run with target="auto" unless they say otherwise: what a user gets. biotorch's
+feedback alignment is measured too if that package can be imported (it needs no more than torch for that: `pip install
+--no-deps biotorch`).
 """
 
 from __future__ import annotations
