@@ -51,21 +51,31 @@ class UpdateNorms:
         sums: list[Tensor] = []
         for _, norms in self.found:
             sums += (norms.sum(),) if isinstance(norms, Tensor) else norms
-        if len(sums) <= FEW and not any(map(_IS_CUDA, sums)):
-            return sum([norm.item() for norm in sums])
-        return float(torch.stack(_on_one_device(sums)).sum())
+        return _total(sums)
 
     def bad(self) -> set[str]:
         """The names of the updates whose norm is not a number."""
         return {name for names, norms in self.found for name, norm in zip(names, norms, strict=True) if norm.isnan()}
 
 
+def are_numbers(updates: Iterable[Tensor | None]) -> bool:
+    """Whether no update holds NaN; sparse ones are let pass."""
+    dense = [g for g in updates if g is not None and not g.is_sparse]
+    return not dense or not math.isnan(_total(torch._foreach_norm(dense)))
+
+
 _IS_CUDA = operator.attrgetter("is_cuda")
 
 
-def _on_one_device(norms: list[Tensor]) -> list[Tensor]:
+def _total(norms: Sequence[Tensor]) -> float:
+    if len(norms) <= FEW and not any(map(_IS_CUDA, norms)):
+        return sum(map(Tensor.item, norms))
+    return float(torch.stack(_on_one_device(norms)).sum())
+
+
+def _on_one_device(norms: Sequence[Tensor]) -> list[Tensor]:
     """Those of a model on several devices, brought to the first one's."""
-    return norms if len({norm.device for norm in norms}) == 1 else [norm.to(norms[0].device) for norm in norms]
+    return list(norms) if len({norm.device for norm in norms}) == 1 else [norm.to(norms[0].device) for norm in norms]
 
 
 def require_finite(compiled: Compiled, errors: Iterable[Tensor | None], norms: UpdateNorms) -> None:

@@ -20,7 +20,7 @@ from graphlocal.artefact.write import write_model
 from graphlocal.compiler import COMPUTED, Compiled, Options, build, require_schedule
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.execution import Run, signature
-from graphlocal.finite import UpdateNorms, require_finite
+from graphlocal.finite import UpdateNorms, are_numbers, require_finite
 from graphlocal.fitting import STEPS
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import training_mode, undone_on
@@ -185,7 +185,8 @@ class LocalModule(nn.Module):
         state = self._state()
         if True not in state[-1]:  # nothing learns
             return self.original(*args, **kwargs)
-        require_schedule(self.options.rule)
+        if self.options.rule.engine != "schedule":
+            require_schedule(self.options.rule)
         leaves, spec = self._binder.flatten(args, kwargs)
         compiled, run = self._run_state(leaves, spec, state, fused=False)
         return self._unflatten(compiled, LocalStep(self, compiled, run, leaves).attach())
@@ -413,7 +414,7 @@ class LocalStep:
         if rule.needs_losses and self.labels is None:
             self.labels, self.local.losses = (self.local.losses,), None
         weights, feedback, inputs = self.run.error_pass(aligned, retain=retain, labels=self.labels or ())
-        if self.local.check_finite:
+        if self.local.check_finite and not are_numbers(weights):
             norms = UpdateNorms()
             norms.add(self.training.weights, weights)
             require_finite(self.compiled, aligned, norms)

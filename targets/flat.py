@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,4 +161,4 @@ def _compile(graph: fx.Graph, bound: SimpleNamespace) -> Callable[..., Any]:
 
     exec(_OPERATOR.sub(bind, code.src), scope)  # what fx.GraphModule does with it
     function = scope["forward"]
-    return lambda *args: function(bound, *args)
+    return partial(function, bound)
