@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import statistics
@@ -65,27 +66,50 @@ def seconds_on_gpu(step: Step) -> float:
     return start.elapsed_time(end) / 1000
 
 
+LONG_ENOUGH = 0.004
+"""Seconds; shorter steps are timed several in a row."""
+
+
 def in_turn(
     steps: Mapping[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter,
     measure: Callable[[Step], float] | None = None,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of each step in each round; a round runs every step once, so that a busy machine slows all alike.
+    """Seconds of each step in each round; a round runs every step in turn, so that a busy machine slows all alike.
 
-    measure: the seconds of one step, in place of the clock's difference.
+    Each is timed right after a step of its own that is not, since that is how models train: the caches hold its own
+    code and weights, not another way's. measure: the seconds of one step, in place of the clock's difference.
     """
 
-    def by_the_clock(step: Step) -> float:
-        start = clock()
+    def by_the_clock(step: Step, count: int) -> float:
         step()
-        return clock() - start
+        start = clock()
+        for _ in range(count):
+            step()
+        return (clock() - start) / count
 
     times: dict[str, list[float]] = {name: [] for name in steps}
+    count = dict.fromkeys(steps, 1)
     for i in range(rounds + WARM_UP):
         for name, step in steps.items():
-            seconds = (measure or by_the_clock)(step)
+            seconds = measure(step) if measure else by_the_clock(step, count[name])
             if i >= WARM_UP:
                 times[name].append(seconds)
+            else:
+                count[name] = max(1, int(LONG_ENOUGH / max(seconds, 1e-6)))
     return times
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed, where it is glibc.
+
+    Left alone it returns large blocks to the system, or doesn't, by what happens to lie behind them: in one process
+    each step of backpropagation then has thousands of page faults, and is a tenth slower, and in the next one none.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for option, value in ((trim_threshold, 2**31 - 1), (top_pad, 2**26), (mmap_max, 0)):
+            library.mallopt(option, value)
 
 
 def quartiles(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:

@@ -1,8 +1,9 @@
 """Time of a training step against eager backpropagation, in the same process and in turn.
 
-Every round times each way once, so that a noisy machine slows all alike; the ratio is taken within the round. All ways
-have the same optimizer. biotorch's feedback alignment is measured too if that package can be imported (it needs no
-more than torch for that: `pip install --no-deps biotorch`).
+Every round times each way in turn, so that a noisy machine slows all alike; the ratio is taken within the round. All
+ways have the same optimizer, and run with target="auto" unless they say otherwise: what a user gets. biotorch's
+feedback alignment is measured too if that package can be imported (it needs no more than torch for that: `pip install
+--no-deps biotorch`).
 """
 
 from __future__ import annotations
@@ -111,10 +112,10 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, list[float]]:
     return times
 
 
-def row(case: Case, times: dict[str, list[float]], names: Sequence[str]) -> list[str]:
+def row(case: Case, times: dict[str, list[float]], names: Sequence[str], base: str = "backprop") -> list[str]:
     """A row of the table: milliseconds of backprop, and the ratio of each other way with its spread."""
-    cells = [case.title, str(case.batch), f"{1000 * statistics.median(times['backprop']):.2f}"]
-    return cells + [report.ratio(times[name], times["backprop"]) if name in times else "fails" for name in names]
+    cells = [case.title, str(case.batch), f"{1000 * statistics.median(times[base]):.2f}"]
+    return cells + [report.ratio(times[name], times[base]) if name in times else "fails" for name in names]
 
 
 def plot(name: str, cases: Sequence[Case], found: list[dict[str, list[float]]], names: Sequence[str]) -> None:
@@ -147,9 +148,12 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=["wall", "process"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--return-memory", action="store_true", help="freed memory goes to the system as glibc likes")
     parser.add_argument("--only", default="", help="a part of the titles to measure")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if not options.return_memory:
+        report.keep_memory()
     cases = [case for case in (LARGE if options.large else SMALL) if options.only in case.title]
     found = [measure(case, options) for case in cases]
     cases = [on_gpu(case) for case in cases] if options.device == "cuda" else cases
@@ -160,12 +164,21 @@ def main() -> None:
     plot(name, cases, found, names)
     header = ["model", "batch", "backprop, ms", *names]
     rows = [row(case, times, names) for case, times in zip(cases, found, strict=True)]
+    tables = [report.table(header, rows), f"![step time]({name}.png)"]
+    if options.compiled:
+        base = "backprop, compiled"
+        local = [name for name in names if "rec-lra" in name]
+        rows = [row(case, times, local, base) for case, times in zip(cases, found, strict=True)]
+        tables += ["Ratios to compiled backprop:", report.table(["model", "batch", f"{base}, ms", *local], rows)]
     notes = (
-        f"Ratios to eager backprop, all with {options.optimizer}: median and quartiles over rounds. Below 1 is faster."
+        f"Ratios to eager backprop but where it says otherwise, all with {options.optimizer}: median and quartiles "
+        'over rounds. Below 1 is faster. Columns without "fused" call loss.backward() and optimizer.step(), the others '
+        'train_step; target="auto" but where it says inductor.'
     )
+    notes += report.load() + ("" if options.return_memory else " Freed memory is kept by the process.")
     notes += "" if options.clock == "wall" else " CPU time of the process, not of the clock."
     command = " ".join(["python -m benchmarks.step_time", *sys.argv[1:]])
-    report.write(name, "Step time", command, [report.table(header, rows), f"![step time]({name}.png)"], notes)
+    report.write(name, "Step time", command, tables, notes)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Compiled:
     depth: CreditDepth
     fits: LocalGraph | None = None
 
-    @property
+    @cached_property
     def training(self) -> TrainingGraph:
         """The training graph. Raises InputError for a rule that runs no schedule."""
         require_schedule(self.options.rule)

@@ -15,12 +15,14 @@ from graphlocal.preserve import preserved
 from graphlocal.targets.accesses import annotate
 from graphlocal.targets.batched import batched
 from graphlocal.targets.compilation import Compilation
+from graphlocal.targets.fast_tanh import replace_tanh
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
 from graphlocal.targets.overlap import Overlap, overlap
 from graphlocal.targets.recompute import recompute
+from graphlocal.targets.stacked_updates import stack_updates
 from graphlocal.targets.stacking import ALL, GPU, Stacking
 from graphlocal.targets.streams import streamed
 from graphlocal.targets.training_graph import TrainingGraph, split
@@ -71,6 +73,7 @@ class Execution:
         self._shapes: set[Any] = set()
         self._passes: dict[Any, Passes] = {}
         self.batches = 0
+        self.many_outputs = sum(compiled.differentiable) > 1
         if target == "eager":
             self.not_lowered = NotLowered("the target is 'eager'")
         elif compiled.guarded:
@@ -90,9 +93,9 @@ class Execution:
         if self.not_lowered is not None and self._strict and not compiled.calibrates:
             raise self.not_lowered
 
-    def run(self, leaves: list[Any], fused: bool) -> Run:
-        """Run the forward pass on these flattened arguments."""
-        passes = self._lowered(leaves, fused) if self.not_lowered is None else None
+    def run(self, leaves: list[Any], fused: bool, known: Any = None) -> Run:
+        """Run the forward pass on these flattened arguments. known: their signature, where the caller has it."""
+        passes = self._lowered(leaves, fused, known or signature(leaves)) if self.not_lowered is None else None
         return Run(self, passes or self.eager(fused), leaves, fused)
 
     def eager(self, fused: bool) -> Passes:
@@ -103,16 +106,16 @@ class Execution:
         """The passes of a fused step on arguments like these, if it was lowered before."""
         found: Passes | None = None
         if self.not_lowered is None and not torch._C._is_any_autocast_enabled():
-            found = self._passes.get((_shapes(leaves), self.taken, True))
+            found = self._passes.get((signature(leaves), self.taken, True))
         return found
 
-    def _lowered(self, leaves: Sequence[Any], fused: bool) -> Passes | None:
+    def _lowered(self, leaves: Sequence[Any], fused: bool, shapes: Any) -> Passes | None:
         if torch._C._is_any_autocast_enabled():
             return None
-        shapes = _shapes(leaves)
         key = shapes, self.taken, fused
-        if key in self._passes:
-            return self._passes[key]
+        found = self._passes.get(key)
+        if found is not None:
+            return found
         seen = shapes in self._shapes
         if len(self._shapes) < MANY_SHAPES:
             self._shapes.add(shapes)
@@ -137,7 +140,10 @@ class Execution:
             return self._by_inductor(lowered, fused)
         if not fused:
             return plain
-        passes = self._passes_of(with_updates(lowered))
+        updating = with_updates(lowered)
+        if self.batches:
+            stack_updates(updating)
+        passes = self._passes_of(updating)
         return replace(passes, lowered=lowered) if self.target == "streams" else passes
 
     def lowered(self, leaves: Sequence[Any]) -> TrainingGraph:
@@ -171,10 +177,13 @@ class Execution:
         if self.target == "streams":
             annotate(lowered)
         forward, error = split(lowered)
+        if self.target in ("auto", "batched"):
+            replace_tanh(error.graph)
         if self.target == "streams":
             streams = self.compiled.streams
             return Passes(streamed(forward, streams), streamed(error, streams), self.taken)
-        return Passes(_without_autograd(flatten(forward)), _without_autograd(flatten(error)), self.taken)
+        forward_pass, error_pass = (_without_autograd(flatten(part, self.batches > 0)) for part in (forward, error))
+        return Passes(forward_pass, error_pass, self.taken)
 
     def _by_inductor(self, lowered: TrainingGraph, fused: bool) -> Passes:
         forward, error, fused_error = compiled_passes(lowered)
@@ -210,8 +219,14 @@ class Execution:
         return {name: x.detach() if isinstance(x, Tensor) else x for name, x in found.items()}
 
 
-def _shapes(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple((x.shape, x.stride(), x.requires_grad) if isinstance(x, Tensor) else None for x in leaves)
+def signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """What a lowered graph depends on of its arguments; equal for arguments that fit the same one."""
+    return tuple(
+        [
+            (x.shape, x.stride(), x.requires_grad, x.dtype, x.device) if isinstance(x, Tensor) else None
+            for x in leaves
+        ]
+    )  # fmt: skip
 
 
 class Run:
@@ -225,7 +240,7 @@ class Run:
         self, execution: Execution, passes: Passes, leaves: list[Any], fused: bool, elsewhere: bool = False
     ) -> None:
         self.execution, self.passes, self.fused = execution, passes, fused
-        may_differ = passes.taken is not None and sum(execution.compiled.differentiable) > 1
+        may_differ = passes.taken is not None and execution.many_outputs
         self.start = _Start(execution.compiled, leaves) if may_differ else None
         self.outputs: list[Any]
         self.saved: list[Any] | None = None

@@ -21,7 +21,8 @@ from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.execution import Run
-from graphlocal.runtime import LocalModule, require_finite
+from graphlocal.finite import UpdateNorms, require_finite
+from graphlocal.runtime import LocalModule
 from graphlocal.targets.eager import Apply
 from graphlocal.targets.lanes import Flight, Lanes, Part, Waits
 from graphlocal.targets.overlap import Overlap, task, tensors
@@ -38,7 +39,9 @@ class Step(Protocol):
 
     def _loss(self, compiled: Compiled, outputs: Any, y: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]: ...
 
-    def _updates(self, compiled: Compiled, norms: dict[str, Tensor]) -> Apply: ...
+    def _norms(self, compiled: Compiled) -> UpdateNorms: ...
+
+    def _updates(self, compiled: Compiled, norms: UpdateNorms) -> Apply: ...
 
 
 def overlapped(step: Step, batches: Iterable[tuple[Any, Any]], staleness: int) -> Iterator[Tensor]:
@@ -215,7 +218,7 @@ class _Run:
         with torch.enable_grad():
             loss, errors = self.step._loss(started.compiled, run.outputs, head.y)
         errors = _apart(errors, head)
-        norms: dict[str, Tensor] = {}
+        norms = self.step._norms(started.compiled)
         apply = self.step._updates(started.compiled, norms)
         with torch.no_grad():
             if tuple(error is not None for error in errors) != run.passes.taken:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ class PartialOptimizer:
             _Kernel(self.whole, group, mine, [wanted[id(p)] for p in mine]) for group, mine in self.groups if mine
         ]
 
-    def step(self, gradients: Gradients) -> None:
+    def step(self, gradients: Gradients, lent: bool = False) -> None:
+        """lent: the same tensors come again in the next step, with other numbers in them."""
         groups = self.whole.param_groups
         if (
             self.whole.state is not self.state
@@ -44,11 +46,15 @@ class PartialOptimizer:
             or any(a is not b for a, (b, _) in zip(groups, self.groups, strict=True))
         ):
             self._divide()  # after load_state_dict or add_param_group
-        if not _hooked(self.whole) and all(kernel.takes(gradients) for kernel in self.kernels):
-            for kernel in self.kernels:
-                kernel.step(gradients)
+        hooked = _hooked(self.whole)
+        prepared = [] if hooked else [kernel.prepared(gradients, lent) for kernel in self.kernels]
+        mine = [taken for taken in prepared if taken is not None]
+        if not hooked and len(mine) == len(self.kernels):
+            for kernel, own in zip(self.kernels, mine, strict=True):
+                kernel.step(own)
         else:
-            self._step_of_the_view(gradients)
+            # who is not a kernel may keep them
+            self._step_of_the_view([g if g is None else g.clone() for g in gradients] if lent else gradients)
         self.whole._opt_called = True  # type: ignore[attr-defined]  # lr_scheduler looks for it
 
     def _step_of_the_view(self, gradients: Gradients) -> None:
@@ -69,29 +75,83 @@ TOGETHER = 100_000
 """Gradients with fewer numbers than this wait for each other: one call of the optimizer costs as much as they do."""
 
 
-class Gathering:
-    """`apply(names, gradients)` for an error pass: hands gradients on as soon as there are `enough` numbers of them."""
+class Norms(Protocol):
+    """Takes note of updates; `graphlocal.finite.UpdateNorms` is one."""
 
-    def __init__(self, hand_on: Callable[[tuple[str, ...], tuple[Tensor | None, ...]], None], enough: int) -> None:
-        self.hand_on, self.enough = hand_on, enough
-        self.waiting: dict[str, Tensor | None] = {}
+    def add(self, names: Sequence[str], gradients: Gradients) -> None: ...
+
+    def add_stack(self, names: Sequence[str], stack: Tensor) -> None: ...
+
+
+class Stacks(Protocol):
+    """Gradients in memory that something else takes later; `graphlocal.targets.scratch.Lent` is one."""
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]: ...
+    @property
+    def stacks(self) -> tuple[Tensor, ...]: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def gradients(self) -> tuple[Tensor, ...]: ...
+
+
+class Gathering:
+    """`apply(names, gradients)` for an error pass: hands gradients on as soon as there are `enough` numbers of them.
+
+    hand_on: called with names and gradients, and with lent=True if they must be looked at now. norms: takes note of
+    all that is handed on.
+    """
+
+    def __init__(self, hand_on: Callable[..., None], enough: int, norms: Norms | None = None) -> None:
+        self.hand_on, self.enough, self.norms = hand_on, enough, norms
+        self.names: list[str] = []
+        self.gradients: list[Tensor | None] = []
+        self.noted = 0  # of `gradients`, those whose norms are known
         self.count = 0
 
     def __call__(self, names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
-        for name, gradient in zip(names, gradients, strict=True):
-            self.waiting[name] = gradient
+        self.names += names
+        self.gradients += gradients
+        for gradient in gradients:
             if gradient is not None:
                 self.count += gradient.numel()
         if self.count >= self.enough:
             self.flush()
 
+    def stacks(self, names: tuple[tuple[str, ...], ...], stacks: tuple[Tensor, ...]) -> None:
+        """The same for stacks of gradients: `stacks[i][k]` is that of the parameter `names[i][k]`."""
+        self._note()
+        for group, stack in zip(names, stacks, strict=True):
+            if self.norms is not None:
+                self.norms.add_stack(group, stack)
+            self.names += group
+            self.gradients += stack.unbind(0)
+            self.count += stack.numel()
+        self.noted = len(self.gradients)
+        if self.count >= self.enough:
+            self.flush()
+
+    def lent(self, lent: Stacks) -> None:
+        """The same for gradients whose memory is needed again; they wait for nothing."""
+        self.flush()
+        if self.norms is not None:
+            for group, stack in zip(lent.groups, lent.stacks, strict=True):
+                self.norms.add_stack(group, stack)
+        self.hand_on(lent.names, lent.gradients, lent=True)
+
+    def _note(self) -> None:
+        if self.norms is not None and self.noted < len(self.gradients):
+            self.norms.add(self.names[self.noted :], self.gradients[self.noted :])
+
     def flush(self) -> None:
         """Hand on all that waits."""
-        names, gradients = tuple(self.waiting), tuple(self.waiting.values())
-        self.waiting.clear()
-        self.count = 0
-        if names:
-            self.hand_on(names, gradients)
+        if not self.names:
+            return
+        self._note()
+        names, gradients = tuple(self.names), tuple(self.gradients)
+        self.names, self.gradients, self.noted, self.count = [], [], 0, 0
+        self.hand_on(names, gradients)
 
 
 def _hooked(optimizer: Optimizer) -> bool:
@@ -109,66 +169,101 @@ class _Kernel:
     def __init__(
         self, optimizer: Optimizer, group: dict[str, Any], parameters: list[nn.Parameter], places: list[int]
     ) -> None:
-        self.group, self.parameters, self.places = group, parameters, places
+        self.optimizer, self.group, self.parameters, self.places = optimizer, group, parameters, places
         self.momentum = type(optimizer) is SGD
-        self.known = type(optimizer) in (SGD, Adam, AdamW)
+        known = type(optimizer) in (SGD, Adam, AdamW)
         kinds = {(type(p), p.dtype, p.device, p.layout) for p in parameters}
-        self.alike = len(kinds) == 1 and parameters[0].is_floating_point() and parameters[0].layout is torch.strided
-        self.states = [optimizer.state.get(p, {}) for p in parameters] if self._ready(optimizer) else None
-        self.optimizer = optimizer
+        self.dtype = parameters[0].dtype
+        self.able = known and len(kinds) == 1 and self.dtype.is_floating_point and parameters[0].layout is torch.strided
+        self.steps: list[Tensor] = []
+        self.states = self._find_states() if self.able else None
+        self.known: tuple[Gradients, list[Tensor]] | None = None  # what was lent last, and what was prepared of it
 
-    def _ready(self, optimizer: Optimizer) -> bool:
-        """Whether a first step has made the state."""
+    def _find_states(self) -> list[dict[str, Any]] | None:
+        """The state of each parameter, or None until a first step has made it."""
         names: tuple[str, ...] = ("step", "exp_avg", "exp_avg_sq")
         if self.momentum:
             names = ("momentum_buffer",) if self.group["momentum"] else ()
-        states = [optimizer.state.get(p, {}) for p in self.parameters]
-        return self.known and all(
+        states = [self.optimizer.state.get(p, {}) for p in self.parameters]
+        ready = all(
             isinstance(state.get(name), Tensor)
-            and (state[name].device == p.device if name == "step" else state[name].stride() == p.stride())
+            and (
+                (state[name].device, state[name].dtype) == (p.device, states[0]["step"].dtype)
+                if name == "step"
+                else state[name].stride() == p.stride()
+            )
             for p, state in zip(self.parameters, states, strict=True)
             for name in names
         )
+        return states if ready else None
 
-    def takes(self, gradients: Gradients) -> bool:
+    def _settings_allow(self) -> bool:
         group = self.group
-        if not (self.known and self.alike) or isinstance(group["lr"], Tensor) or group["foreach"] is not None:
+        if isinstance(group["lr"], Tensor) or group["foreach"] is not None or group["fused"] is False:
             return False
         if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
             return False
-        if group["fused"] is False or group["differentiable"] or group.get("capturable"):
-            return False
-        mine = [gradients[i] for i in self.places]
-        if any(g is None or g.layout is not torch.strided or g.dtype != self.parameters[0].dtype for g in mine):
-            return False
-        if self.states is None and self._ready(self.optimizer):
-            self.states = [self.optimizer.state.get(p, {}) for p in self.parameters]
-        return self.states is not None
+        return not (group["differentiable"] or group.get("capturable"))
 
-    def step(self, gradients: Gradients) -> None:
+    def prepared(self, gradients: Gradients, lent: bool = False) -> list[Tensor] | None:
+        """This group's gradients, in the layouts of the parameters; None if the kernel can't take them."""
+        if not self.able or not self._settings_allow():
+            return None
+        if self.states is None:
+            self.states = self._find_states()
+        if self.states is None:
+            return None
+        if self.known is not None and self.known[0] is gradients and all(map(Tensor.is_contiguous, self.parameters)):
+            return self.known[1]
+        mine = []
+        for i, parameter in zip(self.places, self.parameters, strict=True):
+            gradient = gradients[i]
+            if gradient is None or gradient.dtype is not self.dtype or gradient.layout is not torch.strided:
+                return None
+            mine.append(gradient if gradient.stride() == parameter.stride() else _like(gradient, parameter))
+        unchanged = lent and all(
+            gradients[i] is g and g.is_contiguous() for i, g in zip(self.places, mine, strict=True)
+        )
+        self.known = (gradients, mine) if unchanged else None
+        return mine
+
+    def step(self, mine: list[Tensor]) -> None:
+        """Update the parameters by what `prepared` gave."""
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            self._step(mine)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    def _step(self, mine: Any) -> None:
         group, states = self.group, self.states or []
         parameters: Any = self.parameters
-        mine: Any = [
-            _like(gradients[i], p)  # type: ignore[arg-type]  # `takes` has seen that there is one
-            for i, p in zip(self.places, self.parameters, strict=True)
-        ]
         common: Any = {"lr": group["lr"], "weight_decay": group["weight_decay"], "maximize": group["maximize"]}
-        with torch.no_grad():
-            if self.momentum:
-                buffers = [state["momentum_buffer"] for state in states] if group["momentum"] else []
-                torch._fused_sgd_(
-                    parameters, mine, buffers, **common, momentum=group["momentum"], dampening=group["dampening"],
-                    nesterov=group["nesterov"], is_first_step=False,
-                )  # fmt: skip
-                return
-            steps = [s["step"] for s in states]
-            torch._foreach_add_(steps, 1)
-            kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
-            kernel(
-                parameters, mine, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
-                [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [], steps, **common,
-                amsgrad=group["amsgrad"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+        if self.momentum:
+            buffers = [state["momentum_buffer"] for state in states] if group["momentum"] else []
+            torch._fused_sgd_(
+                parameters, mine, buffers, **common, momentum=group["momentum"], dampening=group["dampening"],
+                nesterov=group["nesterov"], is_first_step=False,
             )  # fmt: skip
+            return
+        self._count()
+        kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        kernel(
+            parameters, mine, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
+            [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [], self.steps, **common,
+            amsgrad=group["amsgrad"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+        )  # fmt: skip
+
+    def _count(self) -> None:
+        """Add 1 to each parameter's count of steps. They lie side by side, so that one addition does it for all."""
+        states = self.states or []
+        if not self.steps or not all(map(operator.is_, [state["step"] for state in states], self.steps)):
+            self.counts = torch.stack([state["step"] for state in states])
+            self.steps = list(self.counts.unbind(0))
+            for state, count in zip(states, self.steps, strict=True):
+                state["step"] = count
+        self.counts.add_(1)
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:

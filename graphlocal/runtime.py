@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,8 @@ from graphlocal.arguments import Binder, ExampleInputs
 from graphlocal.artefact.write import write_model
 from graphlocal.compiler import COMPUTED, Compiled, Options, build, require_schedule
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
-from graphlocal.execution import Run
+from graphlocal.execution import Run, signature
+from graphlocal.finite import UpdateNorms, are_numbers, require_finite
 from graphlocal.fitting import STEPS
 from graphlocal.ir import LocalGraph
 from graphlocal.preserve import training_mode, undone_on
@@ -29,8 +29,10 @@ from graphlocal.targets import exports
 from graphlocal.targets.show import Drawing, draw, write
 
 MANY_RECOMPILATIONS = 8
-FEW = 24
-"""So many numbers are added up faster in Python than by torch."""
+
+
+_State = tuple[torch.device, torch.dtype, list[bool], list[bool]]
+"""Of a model: the device and dtype of its first parameter, the modes of its modules, which parameters learn."""
 
 
 class LocalModule(nn.Module):
@@ -73,7 +75,9 @@ class LocalModule(nn.Module):
 
     def _reset(self, binder: Binder) -> None:
         self._binder = binder
-        self._cache: list[tuple[Any, Compiled]] = []
+        self._cache: list[tuple[_State, Compiled]] = []
+        self._last: tuple[tuple[_State, Compiled], Any] | None = None  # the entry used last, and for what arguments
+        self._last_spec: pytree.TreeSpec | None = None
         self._recompilations = 0
         self._lag = StatisticsLag(self.original)
         self._watch()
@@ -86,6 +90,7 @@ class LocalModule(nn.Module):
             d for module in self._watched for d in (module._modules, module._parameters)
         ]
         self._structure = self._identities()
+        self._lag.look()
 
     # What was compiled.
 
@@ -174,16 +179,40 @@ class LocalModule(nn.Module):
     # Running.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not (self.training and torch.is_grad_enabled() and self._learns()):
+        if not (self.training and torch.is_grad_enabled()):
             return self.original(*args, **kwargs)
-        require_schedule(self.options.rule)
+        self._look_for_changes()
+        state = self._state()
+        if True not in state[-1]:  # nothing learns
+            return self.original(*args, **kwargs)
+        if self.options.rule.engine != "schedule":
+            require_schedule(self.options.rule)
         leaves, spec = self._binder.flatten(args, kwargs)
-        compiled, run = self._forward_pass(leaves, spec, fused=False)
+        compiled, run = self._run_state(leaves, spec, state, fused=False)
         return self._unflatten(compiled, LocalStep(self, compiled, run, leaves).attach())
 
     def _forward_pass(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Run]:
         """Run all subgraphs of the compilation that fits the call and its data."""
-        run: tuple[Compiled, Run] = self._run_fitting(leaves, spec, lambda c: c.execution.run(leaves, fused))
+        self._look_for_changes()
+        return self._run_state(leaves, spec, self._state(), fused=fused)
+
+    def _run_state(
+        self, leaves: list[Any], spec: pytree.TreeSpec, state: _State, *, fused: bool
+    ) -> tuple[Compiled, Run]:  # fmt: skip
+        """The same for a model that was looked at just before, and found in this state."""
+        known = signature(leaves)
+        if self._last is not None and self.options.rule.calibration is None:
+            entry, fitting = self._last
+            if self._cache and entry is self._cache[0] and fitting == (known, id(spec)) and entry[0] == state:
+                compiled = entry[1]
+                if not self._lag.due():
+                    return compiled, compiled.execution.run(leaves, fused, known)
+                with self._lag.watching():
+                    return compiled, compiled.execution.run(leaves, fused, known)
+        run: tuple[Compiled, Run] = self._run_fitting(leaves, spec, lambda c: c.execution.run(leaves, fused, known))
+        if None not in known and not run[0].guarded and run[0] is self._cache[0][1]:
+            self._last = self._cache[0], (known, id(spec))
+            self._last_spec = spec  # so that no other one gets its id
         return run
 
     def _run_fitting(
@@ -215,7 +244,7 @@ class LocalModule(nn.Module):
 
     def _identities(self) -> list[int]:
         """Of every submodule and parameter, in order."""
-        return [id(part) for parts in self._dicts for part in parts.values()]
+        return [id(part) for parts in self._dicts if parts for part in parts.values()]
 
     def _calibration_is_due(self) -> bool:
         """Whether this step is a calibration; counts it."""
@@ -253,13 +282,9 @@ class LocalModule(nn.Module):
         state = self._state()
         return next((c for known, c in self._cache if known == state and c.mismatch(leaves, spec) is None), None)
 
-    def _learns(self) -> bool:
-        self._look_for_changes()
-        return any(parameter.requires_grad for parameter in self._weights)
-
-    def _state(self) -> tuple[Any, ...]:
-        """What a compilation depends on besides the inputs: modes, frozen parameters, device and dtype."""
-        first = self._weights[0]
+    def _state(self) -> _State:
+        """What a compilation depends on besides the inputs: device and dtype, modes, parameters that are not frozen."""
+        first = self._weights[0] if self._weights else torch.empty(0)
         return (
             first.device, first.dtype, [m.training for m in self._watched], [p.requires_grad for p in self._weights],
         )  # fmt: skip
@@ -316,7 +341,18 @@ class LocalModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_binder", "_cache", "_watched", "_weights", "_dicts", "_structure", "_recompilations", "_lag")
+        derived = (
+            "_binder",
+            "_cache",
+            "_last",
+            "_last_spec",
+            "_watched",
+            "_weights",
+            "_dicts",
+            "_structure",
+            "_recompilations",
+            "_lag",
+        )
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -341,19 +377,25 @@ class LocalStep:
         self.taken = compiled.taken if self.inputs else compiled.differentiable
         if self.inputs:
             _refuse_lost_input_gradients(compiled, leaves)
-        self.targets = [*compiled.weights, *(leaves[i] for i in self.inputs)]
-        if compiled.training.feedback:
-            feedback = [local.get_parameter(name) for name in compiled.training.feedback]
-            self.targets[len(compiled.weights) : len(compiled.weights)] = feedback
+        self.training = compiled.training
+        self.targets: list[Tensor] = [*compiled.weights]
+        self.targets += [local.get_parameter(name) for name in self.training.feedback]
+        self.targets += [leaves[i] for i in self.inputs]
 
     def attach(self) -> list[Any]:
         """The outputs; the differentiable ones come with the local updates as their `grad_fn`."""
-        self.outputs = outputs = self.run.outputs
-        del self.run.outputs
-        attached = iter(_LocalUpdates.apply(self, *self.targets))  # type: ignore[no-untyped-call]
-        del self.targets
-        taken = zip(outputs, self.taken, strict=True)
-        return [next(attached) if differentiable else _detached(value) for value, differentiable in taken]
+        outputs, targets = self.run.outputs, self.targets
+        del self.run.outputs, self.targets
+        taken = self.taken
+        self.outputs = [value.detach() for value, differentiable in zip(outputs, taken, strict=True) if differentiable]
+        transformed = torch._C._are_functorch_transforms_active()
+        attached = (_LocalUpdates.apply if transformed else _apply_untransformed)(self, *targets)
+        if len(attached) == len(outputs):
+            return list(attached)
+        rest = iter(attached)
+        return [
+            next(rest) if differentiable else _detached(v) for v, differentiable in zip(outputs, taken, strict=True)
+        ]
 
     def backward(self, errors: Sequence[Tensor | None], retain: bool) -> list[Tensor | None]:
         """The gradients of the parameters, of the learned feedback maps, and of the inputs that want one."""
@@ -362,18 +404,21 @@ class LocalStep:
                 "backward was called a second time, but the first call freed what it needs",
                 remedy="call the first backward with retain_graph=True",
             )
-        given = iter(errors)
-        aligned = tuple(next(given) if taken else None for taken in self.taken)
+        aligned = errors
+        if len(errors) < len(self.taken):
+            given = iter(errors)
+            aligned = tuple(next(given) if taken else None for taken in self.taken)
         rule = self.local.options.rule
         if rule.needs_labels and self.labels is None:
             self.labels, self.local.labels = (self.local.labels,), None
         if rule.needs_losses and self.labels is None:
             self.labels, self.local.losses = (self.local.losses,), None
         weights, feedback, inputs = self.run.error_pass(aligned, retain=retain, labels=self.labels or ())
-        if self.local.check_finite:
-            norms = update_norms(self.compiled.training.weights, weights)
+        if self.local.check_finite and not are_numbers(weights):
+            norms = UpdateNorms()
+            norms.add(self.training.weights, weights)
             require_finite(self.compiled, aligned, norms)
-        return [*weights, *feedback, *(inputs[i] for i in self.inputs)]
+        return [*weights, *feedback, *[inputs[i] for i in self.inputs]]
 
 
 class _LocalUpdates(torch.autograd.Function):
@@ -383,16 +428,27 @@ class _LocalUpdates(torch.autograd.Function):
     def forward(ctx: Any, step: LocalStep, *targets: Tensor) -> tuple[Tensor, ...]:
         ctx.step = step
         ctx.set_materialize_grads(False)
-        taken = zip(step.outputs, step.taken, strict=True)
-        outputs = tuple(value.detach() for value, differentiable in taken if differentiable)
+        outputs = tuple(step.outputs)
         del step.outputs
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
-        keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-        return (None, *ctx.step.backward(errors, bool(keep and keep())))
+        run: Any = _backward_once if torch.is_grad_enabled() else _backward
+        found: tuple[Tensor | None, ...] = run(ctx, *errors)
+        return found
+
+
+def _backward(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (None, *ctx.step.backward(errors, bool(_keeps_graph and _keeps_graph())))
+
+
+_keeps_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+_backward_once = once_differentiable(_backward)
+"""For `create_graph=True`."""
+
+_apply_untransformed: Any = super(torch.autograd.Function, _LocalUpdates).apply
+"""`_LocalUpdates.apply` without what it does for torch.func's transforms in Python."""
 
 
 def _refuse_lost_input_gradients(compiled: Compiled, leaves: list[Any]) -> None:
@@ -407,42 +463,3 @@ def _refuse_lost_input_gradients(compiled: Compiled, leaves: list[Any]) -> None:
                         why="that subgraph trains nothing, so it has no error neuron to send one",
                         remedy="detach the input, or unfreeze the subgraph's parameters",
                     )
-
-
-def update_norms(names: Sequence[str], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """The norm of each dense update, by the parameter's name; nothing waits for the device."""
-    found = {n: g for n, g in zip(names, gradients, strict=True) if g is not None and not g.is_sparse}
-    return dict(zip(found, torch._foreach_norm(list(found.values())), strict=True)) if found else {}
-
-
-def require_finite(compiled: Compiled, errors: Sequence[Tensor | None], norms: dict[str, Tensor]) -> None:
-    """Raise LocalTrainingError, naming the subgraph, if the norm of an update is not a number.
-
-    An infinite output error is let pass: a loss scaler makes it, looks for it, and skips the step.
-    """
-    found = list(norms.values())
-    if len({norm.device for norm in found}) > 1:  # a model on several devices
-        found = [norm.to(found[0].device) for norm in found]
-    if len(found) <= FEW and all(norm.device.type == "cpu" for norm in found):
-        total = sum(norm.item() for norm in found)
-    else:
-        total = torch.stack(found).sum().item()
-    if not math.isnan(total):
-        return
-    if any(error is not None and bool(error.isinf().any()) for error in errors):
-        return
-    if any(error is not None and bool(error.isnan().any()) for error in errors):
-        raise LocalTrainingError(
-            "the error of the output is not a number",
-            why="the loss or the outputs hold NaN",
-            remedy="lower the learning rate, or look for NaN in the inputs (set local.check_finite = False to go on)",
-        )
-    bad = {name for name, norm in norms.items() if bool(norm.isnan())}
-    order = [compiled.graph.subgraphs[a.subgraph - 1] for a in compiled.graph.schedule if a.kind == "D"]
-    subgraph = next(s for s in (order or reversed(compiled.graph.subgraphs)) if bad.intersection(s.states))
-    raise LocalTrainingError(
-        f"the local error of subgraph {subgraph.name!r} is not a number",
-        where=compiled.graph.operation[subgraph.operations[0]].source,
-        why=f"its update of {next(name for name in subgraph.states if name in bad)} holds NaN",
-        remedy="lower the learning rate or beta (set local.check_finite = False to go on)",
-    )

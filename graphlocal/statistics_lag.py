@@ -28,7 +28,12 @@ class StatisticsLag:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.look()
         self.reset()
+
+    def look(self) -> None:
+        """See whether the model has BatchNorm layers; to be called after its layers have changed."""
+        self.present = any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
     def reset(self) -> None:
         """Forget what was seen."""
@@ -38,7 +43,7 @@ class StatisticsLag:
     def due(self) -> bool:
         """Whether this training step is to be watched; counts it."""
         self.steps += 1
-        return self.steps % EVERY == 0
+        return self.present and self.steps % EVERY == 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:

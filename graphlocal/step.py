@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
+from graphlocal.finite import UpdateNorms, require_finite
 from graphlocal.goals import ClassCodes
 from graphlocal.overlap import overlapped
 from graphlocal.partial_optimizer import TOGETHER, Gathering, PartialOptimizer
 from graphlocal.rules import Rule
-from graphlocal.runtime import LocalModule, require_finite, update_norms
+from graphlocal.runtime import LocalModule
 from graphlocal.targets.eager import Apply
 from graphlocal.targets.nodes import StepCall
 
@@ -96,23 +98,26 @@ class TrainStep:
             compiled, run = self.local._forward_pass(leaves, spec, fused=True)
             loss, errors = self._loss(compiled, run.outputs, y)
             run.outputs = []
-        norms: dict[str, Tensor] = {}
+        norms = self._norms(compiled)
         with torch.no_grad():
             rule = self.local.options.rule
             labels = (y,) if rule.needs_labels else (self._losses,) if rule.needs_losses else ()
-            apply = Gathering(self._updates(compiled, norms), TOGETHER)
+            apply = Gathering(partial(self._apply, compiled), TOGETHER, norms if self.local.check_finite else None)
             run.error_pass(errors, apply, labels=labels)
             apply.flush()
             require_finite(compiled, errors, norms)
         return loss
 
-    def _updates(self, compiled: Compiled, norms: dict[str, Tensor]) -> Apply:
+    def _norms(self, compiled: Compiled) -> UpdateNorms:
+        """The norms of a step's updates, those of feedback maps apart."""
+        return UpdateNorms(compiled.training.feedback)
+
+    def _updates(self, compiled: Compiled, norms: UpdateNorms) -> Apply:
         """`apply(names, gradients)` for an error pass: takes note of the updates' norms, and hands them on."""
 
         def apply(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
             if self.local.check_finite:
-                found = update_norms(names, gradients)
-                norms.update((name, norm) for name, norm in found.items() if not name.startswith(ERROR_WEIGHTS))
+                norms.add(names, gradients)
             self._apply(compiled, names, gradients)
 
         return apply
@@ -141,7 +146,9 @@ class TrainStep:
         loss: Tensor
         compiled, (loss, gradients) = self.local._run_fitting(leaves, spec, run)
         if self.local.check_finite:
-            require_finite(compiled, (), update_norms(tuple(gradients), tuple(gradients.values())))
+            norms = UpdateNorms()
+            norms.add(tuple(gradients), tuple(gradients.values()))
+            require_finite(compiled, (), norms)
         with torch.no_grad():
             if (compiled, tuple(gradients)) in self._parts or not self._parts:
                 self._apply(compiled, tuple(gradients), tuple(gradients.values()))
@@ -171,7 +178,9 @@ class TrainStep:
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
         return loss.detach(), tuple(next(found) if taken else None for taken in compiled.differentiable)
 
-    def _apply(self, compiled: Compiled, names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
+    def _apply(
+        self, compiled: Compiled, names: tuple[str, ...], gradients: tuple[Tensor | None, ...], lent: bool = False
+    ) -> None:
         key = (compiled, names)
         if not names:
             return
@@ -179,7 +188,7 @@ class TrainStep:
             assert self.optimizer is not None
             parameters = [self._parameter(name) for name in names]
             self._parts[key] = PartialOptimizer(self.optimizer, parameters)
-        self._parts[key].step(gradients)
+        self._parts[key].step(gradients, lent)
 
     def _parameter(self, name: str) -> nn.Parameter:
         if name.startswith(ERROR_WEIGHTS):

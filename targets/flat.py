@@ -7,13 +7,18 @@ pieces are called without `nn.Module.__call__`, and parameters are bound once.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from graphlocal.targets.reuse import reuse
+from graphlocal.targets.scratch import lend
 
 _OPERATOR = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.(\w+)(?=\()")
 
@@ -28,15 +33,17 @@ _DIRECT: dict[str, Callable[..., Any]] = {
         "linalg_vector_norm.default": torch.linalg.vector_norm, "view.default": torch.Tensor.view,
         "transpose.int": torch.transpose, "permute.default": torch.permute, "unsqueeze.default": torch.unsqueeze,
         "expand.default": torch.Tensor.expand, "convolution.default": torch.convolution,
+        "linear.default": torch._C._nn.linear,
     }.items()
 }  # fmt: skip
 """torch's own functions in place of its operators: the same kernels, called with half the overhead."""
 
 
-def flatten(module: fx.GraphModule) -> Callable[..., Any]:
+def flatten(module: fx.GraphModule, stacked: bool = False) -> Callable[..., Any]:
     """The function that `module` computes, for as long as the user's model has the same parameter objects.
 
-    Buffers and feedback maps are looked up when it runs.
+    Buffers and feedback maps are looked up when it runs. stacked: of a lowered graph with batches, whose stacks are
+    large enough that they had better stay in one place.
     """
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     bound = SimpleNamespace(**dict(module.named_children()))
@@ -52,11 +59,20 @@ def flatten(module: fx.GraphModule) -> Callable[..., Any]:
             name = f"parameter{len(vars(bound))}"
             setattr(bound, name, parameter)
             copied[node] = graph.get_attr(name)
+        elif node.op == "get_attr" and (table := _table(module, str(node.target))) is not None:
+            name, key = str(node.target).split(".")
+            setattr(bound, f"{name}_table", table)
+            copied[node] = graph.call_function(operator.getitem, (graph.get_attr(f"{name}_table"), key))
         elif node.op == "output":
             graph.output(fx.map_arg(node.args[0], copied.__getitem__))
         else:
             copied[node] = graph.node_copy(node, copied.__getitem__)
     _take_apart(graph)
+    _join_linear(graph, bound)
+    _bind_numbers(graph, bound)
+    if stacked:
+        reuse(graph)
+        lend(graph, bound)
     return _compile(graph, bound)
 
 
@@ -95,6 +111,40 @@ def _parameter(module: nn.Module, target: str) -> nn.Parameter | None:
     return module.get_submodule(owner)._parameters.get(name) if owner.startswith("original") else None
 
 
+def _table(module: nn.Module, target: str) -> dict[str, Any] | None:
+    """The dictionary in which a feedback map is looked up at each step, past `nn.Module.__getattr__`."""
+    owner, _, name = target.rpartition(".")
+    maps = module.get_submodule(owner) if owner == "error_weights" else nn.Module()
+    tables: tuple[dict[str, Any], ...] = (maps._buffers, maps._parameters)
+    return next((table for table in tables if name in table), None)
+
+
+def _join_linear(graph: fx.Graph, bound: SimpleNamespace) -> None:
+    """`addmm(bias, x, t(weight))` of parameters as `linear`, which is the same kernel without a view made in Python."""
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)):
+        bias, x, transposed = node.args
+        if node.kwargs or not isinstance(transposed, fx.Node) or transposed.target is not torch.ops.aten.t.default:
+            continue
+        if isinstance(bias, fx.Node) and bias.op == "get_attr" and getattr(bound, str(bias.target)).dim() == 1:
+            node.target, node.args = torch.ops.aten.linear.default, (x, transposed.args[0], bias)
+            if not transposed.users:
+                graph.erase_node(transposed)
+
+
+def _bind_numbers(graph: fx.Graph, bound: SimpleNamespace) -> None:
+    """Numbers that tensors are added to or multiplied with, made into tensors once and not at every call."""
+    for target in (torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor):
+        for node in list(graph.find_nodes(op="call_function", target=target)):
+            value, number = node.meta.get("val"), node.args[1]
+            if node.kwargs or not isinstance(number, (int, float)) or not isinstance(value, torch.Tensor):
+                continue
+            if value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64):
+                name = f"number{len(vars(bound))}"
+                setattr(bound, name, torch.tensor(number, dtype=value.dtype, device="cpu"))
+                with graph.inserting_before(node):
+                    node.args = (node.args[0], graph.get_attr(name))
+
+
 def _compile(graph: fx.Graph, bound: SimpleNamespace) -> Callable[..., Any]:
     code = graph.python_code(root_module="self")
     scope = dict(code.globals)
@@ -111,4 +161,4 @@ def _compile(graph: fx.Graph, bound: SimpleNamespace) -> Callable[..., Any]:
 
     exec(_OPERATOR.sub(bind, code.src), scope)  # what fx.GraphModule does with it
     function = scope["forward"]
-    return lambda *args: function(bound, *args)
+    return partial(function, bound)

@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"passes"}),
     frozenset({"targets"}),
     frozenset({"execution"}),
-    frozenset({"compiler", "measured", "memory"}),
+    frozenset({"compiler", "finite", "measured", "memory"}),
     frozenset({"artefact"}),
     frozenset({"runtime"}),
     frozenset({"compile", "load", "overlap"}),

@@ -1,0 +1,105 @@
+"""Whether the updates of a step are numbers."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from graphlocal.compiler import Compiled
+from graphlocal.errors import LocalTrainingError
+
+FEW = 24
+"""So many numbers are added up faster in Python than by torch."""
+
+
+class UpdateNorms:
+    """The norms of a step's dense updates; nothing waits for the device until `total`.
+
+    apart: names of updates that are left out. Several threads may add to one object.
+    """
+
+    def __init__(self, apart: Collection[str] = ()) -> None:
+        self.apart = frozenset(apart)
+        self.found: list[tuple[Sequence[str], Sequence[Tensor] | Tensor]] = []
+
+    def add(self, names: Sequence[str], gradients: Sequence[Tensor | None]) -> None:
+        """gradients: the update of each name; None, and sparse ones, are left out."""
+        dense = [g for g in gradients if g is not None and not g.is_sparse]
+        if len(dense) < len(gradients) or (self.apart and not self.apart.isdisjoint(names)):
+            known = {
+                name: g
+                for name, g in zip(names, gradients, strict=True)
+                if g is not None and not g.is_sparse and name not in self.apart
+            }
+            names, dense = tuple(known), list(known.values())
+        if dense:
+            self.found.append((names, torch._foreach_norm(dense)))
+
+    def add_stack(self, names: Sequence[str], stack: Tensor) -> None:
+        """stack: the updates of parameters of one shape, one after another on the first axis."""
+        if self.apart.isdisjoint(names):
+            self.found.append((names, torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.dim())))))
+        else:
+            self.add(names, stack.unbind(0))
+
+    def total(self) -> float:
+        """The sum of all norms: not a number exactly if an update holds NaN."""
+        sums: list[Tensor] = []
+        for _, norms in self.found:
+            sums += (norms.sum(),) if isinstance(norms, Tensor) else norms
+        return _total(sums)
+
+    def bad(self) -> set[str]:
+        """The names of the updates whose norm is not a number."""
+        return {name for names, norms in self.found for name, norm in zip(names, norms, strict=True) if norm.isnan()}
+
+
+def are_numbers(updates: Iterable[Tensor | None]) -> bool:
+    """Whether no update holds NaN; sparse ones are let pass."""
+    dense = [g for g in updates if g is not None and not g.is_sparse]
+    return not dense or not math.isnan(_total(torch._foreach_norm(dense)))
+
+
+_IS_CUDA = operator.attrgetter("is_cuda")
+
+
+def _total(norms: Sequence[Tensor]) -> float:
+    if len(norms) <= FEW and not any(map(_IS_CUDA, norms)):
+        return sum(map(Tensor.item, norms))
+    return float(torch.stack(_on_one_device(norms)).sum())
+
+
+def _on_one_device(norms: Sequence[Tensor]) -> list[Tensor]:
+    """Those of a model on several devices, brought to the first one's."""
+    return list(norms) if len({norm.device for norm in norms}) == 1 else [norm.to(norms[0].device) for norm in norms]
+
+
+def require_finite(compiled: Compiled, errors: Iterable[Tensor | None], norms: UpdateNorms) -> None:
+    """Raise LocalTrainingError, naming the subgraph, if the norm of an update is not a number.
+
+    An infinite output error is let pass: a loss scaler makes it, looks for it, and skips the step.
+    """
+    if not norms.found or not math.isnan(norms.total()):
+        return
+    given = [error for error in errors if error is not None]
+    if any(bool(error.isinf().any()) for error in given):
+        return
+    if any(bool(error.isnan().any()) for error in given):
+        raise LocalTrainingError(
+            "the error of the output is not a number",
+            why="the loss or the outputs hold NaN",
+            remedy="lower the learning rate, or look for NaN in the inputs (set local.check_finite = False to go on)",
+        )
+    bad = norms.bad()
+    order = [compiled.graph.subgraphs[a.subgraph - 1] for a in compiled.graph.schedule if a.kind == "D"]
+    subgraph = next(s for s in (order or reversed(compiled.graph.subgraphs)) if bad.intersection(s.states))
+    raise LocalTrainingError(
+        f"the local error of subgraph {subgraph.name!r} is not a number",
+        where=compiled.graph.operation[subgraph.operations[0]].source,
+        why=f"its update of {next(name for name in subgraph.states if name in bad)} holds NaN",
+        remedy="lower the learning rate or beta (set local.check_finite = False to go on)",
+    )

@@ -1,0 +1,233 @@
+"""What a fused step saves: stacks handed over whole, lent memory, counts of steps in one tensor, a cheaper tanh."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn, optim
+from torch.nn.functional import cross_entropy
+
+import graphlocal
+from graphlocal.errors import LocalTrainingError
+from graphlocal.finite import UpdateNorms
+from graphlocal.partial_optimizer import Gathering, PartialOptimizer
+from graphlocal.targets.fast_tanh import minus_tanh, minus_tanh_over, replace_tanh
+from graphlocal.targets.reuse import reuse
+from graphlocal.targets.scratch import Lent, lend
+from graphlocal.targets.stacked_updates import apply_stacks
+
+aten = torch.ops.aten
+
+
+def deep(target: str, layers: int = 6, width: int = 16) -> graphlocal.LocalModule:
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(layers) for layer in (nn.Linear(width, width), nn.Tanh())]
+    model = nn.Sequential(*hidden, nn.Linear(width, 3))
+    return graphlocal.compile(model, example_inputs=torch.randn(8, width), target=target)
+
+
+def batches(count: int = 5) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(8, 16), torch.randint(3, (8,))) for _ in range(count)]
+
+
+def trained(local: graphlocal.LocalModule, optimizer: optim.Optimizer) -> dict[str, Tensor]:
+    step = graphlocal.train_step(local, cross_entropy, optimizer)
+    for x, y in batches():
+        step(x, y)
+    return local.state_dict()
+
+
+def traced(values: dict[str, Any], *nodes: tuple[str, Any, tuple[Any, ...]]) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """A graph of calls by name, with `val` for each; arguments are names, or constants."""
+    graph, made = fx.Graph(), dict[str, fx.Node]()
+    for name, target, arguments in nodes:
+        given = tuple(made.get(a, a) if isinstance(a, str) else a for a in arguments)
+        made[name] = graph.placeholder(name) if target is None else graph.call_function(target, given)
+        made[name].meta["val"] = values[name]
+    return graph, made
+
+
+# Stacks
+
+
+class Keeps(optim.SGD):
+    """An optimizer that looks at a gradient again in the next step; torch knows no fused kernel for it."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                before = self.state[p].get("before")
+                self.state[p]["before"] = p.grad
+                if before is not None:
+                    p.grad = p.grad + before
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(optim.Adam, lr=0.01, amsgrad=True), partial(optim.SGD, lr=0.1, momentum=0.9), partial(Keeps, lr=0.1)],
+    ids=["adam", "sgd", "keeps"],
+)
+def test_lent_stacks_give_the_parameters_of_the_eager_target(make):
+    found = [trained(local, make(local.parameters())) for local in (deep("eager"), deep("batched"))]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_fused_step_hands_over_the_stacks_of_its_batch(monkeypatch):
+    seen: list[Any] = []
+    hand_on = Gathering.lent
+    monkeypatch.setattr(Gathering, "lent", lambda self, lent: (seen.append(lent), hand_on(self, lent))[1])
+    local = deep("batched")
+    trained(local, optim.SGD(local.parameters(), 0.1))
+    assert len(seen) == 5
+    lent = seen[0]
+    assert all(other is lent for other in seen)
+    assert lent.groups == (tuple(f"{i}.weight" for i in range(0, 12, 2)), tuple(f"{i}.bias" for i in range(0, 12, 2)))
+    assert [tuple(stack.shape) for stack in lent.stacks] == [(6, 16, 16), (6, 16)]
+
+
+def test_stacks_of_one_kind_share_memory_once_the_optimizer_is_done_with_the_first():
+    x, y = torch.empty(2, 3, 4), torch.empty(2, 4, 3)
+    out = torch.empty(2, 3, 3)
+    values = dict.fromkeys(("apply", "b1", "u1", "b2", "b3", "u2"), out) | {"x": x, "y": y}
+    names = ((("a", "b"),), (("c", "d"), ("e", "f")))
+    graph, made = traced(
+        values, ("apply", None, ()), ("x", None, ()), ("y", None, ()), ("b1", aten.bmm.default, ("x", "y")),
+        ("u1", apply_stacks, ("apply", names[0], "b1")), ("b2", aten.bmm.default, ("x", "y")),
+        ("b3", aten.bmm.default, ("x", "y")), ("u2", apply_stacks, ("apply", names[1], "b2", "b3")),
+    )  # fmt: skip
+    bound = SimpleNamespace()
+    lend(graph, bound)
+    first, second = (value for value in vars(bound).values() if isinstance(value, Lent))
+    assert second.stacks[0] is first.stacks[0]
+    assert second.stacks[1] is not first.stacks[0]
+    assert second.names == ("c", "d", "e", "f")
+    assert made["b3"].target is torch.bmm
+
+
+def test_an_update_of_a_stack_that_is_not_a_number_is_named():
+    local = deep("batched")
+    x, y = batches()[0]
+    step = graphlocal.train_step(local, cross_entropy, optim.SGD(local.parameters(), 0.1))
+    for _ in range(2):
+        step(x, y)
+    name, feedback = list(local.error_weights.named_buffers())[3]
+    feedback[0, 0] = float("nan")
+    with pytest.raises(LocalTrainingError, match="the local error of subgraph") as caught:
+        step(x, y)
+    target = next(
+        c.target for c in local.graph.connections if c.kind == "feedback" and name.startswith(f"{c.value}_from")
+    )
+    assert f"'{target}'" in str(caught.value)
+
+
+def test_norms_of_stacks_and_of_single_updates_add_up():
+    norms = UpdateNorms(apart=["E"])
+    norms.add(("a", "E", "none"), (torch.tensor([3.0, 4.0]), torch.tensor([float("nan")]), None))
+    norms.add_stack(("b", "c"), torch.tensor([[1.0], [2.0]]))
+    assert norms.total() == 8
+    norms.add_stack(("d", "e"), torch.tensor([[1.0], [float("nan")]]))
+    assert norms.bad() == {"e"}
+
+
+# The optimizer's counts
+
+
+def test_counts_of_steps_lie_side_by_side_and_may_be_replaced():
+    ours, theirs = ([nn.Parameter(torch.ones(3) * k) for k in (1.0, 2.0)] for _ in range(2))
+    mine, plain = optim.Adam(ours, 0.1), optim.Adam(theirs, 0.1)
+    part = PartialOptimizer(mine, ours)
+    for i in range(6):
+        for p in theirs:
+            p.grad = torch.full((3,), float(i - 2))
+        part.step([p.grad for p in theirs])
+        plain.step()
+        if i == 2:
+            mine.state[ours[1]]["step"] = torch.tensor(40.0)
+            plain.state[theirs[1]]["step"] = torch.tensor(40.0)
+        if i == 4:
+            saved = copy.deepcopy(mine.state_dict())
+            mine.load_state_dict(saved)
+    assert [float(mine.state[p]["step"]) for p in ours] == [6, 43]
+    assert mine.state[ours[0]]["step"]._base is mine.state[ours[1]]["step"]._base is not None
+    torch.testing.assert_close(ours, theirs)
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_difference_to_a_tanh_is_as_good_as_rounding_allows(dtype):
+    u = torch.cat(
+        [torch.linspace(-12, 12, 20001, dtype=dtype), torch.tensor([-1e4, 0.0, 1e4, float("inf")], dtype=dtype)]
+    )
+    z = torch.tanh(u.roll(1))
+    exact = z.double() - torch.tanh(u.double())
+    limit = 4 * torch.finfo(dtype).eps
+    assert float((minus_tanh(z, u).double() - exact).abs().max()) < limit
+    assert float((minus_tanh_over(z, u.clone()).double() - exact).abs().max()) < limit
+    assert bool(minus_tanh(z[:1], torch.tensor([float("nan")], dtype=dtype)).isnan())
+
+
+@pytest.mark.parametrize(("numbers", "dtype", "read_twice"), [(4096, torch.float32, False), (8, torch.float32, False),
+                         (4096, torch.bfloat16, False), (4096, torch.float32, True)])  # fmt: skip
+def test_only_a_large_tanh_that_nothing_else_reads_is_replaced(numbers, dtype, read_twice):
+    values = dict.fromkeys(("z", "h", "u", "t", "e", "f"), torch.empty(numbers, dtype=dtype))
+    more = [("f", aten.neg.default, ("t",))] if read_twice else []
+    graph, made = traced(
+        values, ("z", None, ()), ("h", None, ()), ("u", aten.neg.default, ("h",)), ("t", aten.tanh.default, ("u",)),
+        ("e", aten.sub.Tensor, ("z", "t")), *more,
+    )  # fmt: skip
+    replace_tanh(graph)
+    replaced = numbers > 8 and dtype is torch.float32 and not read_twice
+    assert (made["e"].target is minus_tanh_over) == replaced
+
+
+def test_operators_work_in_place_on_what_nothing_else_reads_and_the_pass_made():
+    values = dict.fromkeys(("x", "a", "b", "c", "view", "d"), torch.empty(2, 2)) | {"wide": torch.empty(3, 2, 2)}
+    graph, made = traced(
+        values, ("x", None, ()), ("a", aten.mul.Tensor, ("x", "x")), ("b", aten.tanh.default, ("a",)),
+        ("c", aten.add.Tensor, ("b", "x")), ("view", aten.t.default, ("x",)), ("d", aten.tanh.default, ("view",)),
+        ("wide", aten.add.Tensor, ("c", "d")),
+    )  # fmt: skip
+    reuse(graph)
+    in_place = {name for name, node in made.items() if node.target in (Tensor.tanh_, Tensor.add_, Tensor.mul_)}
+    assert in_place == {"b", "c"}  # not x, which is the caller's, nor a view of it, nor what is of another shape
+
+
+# The drop-in path
+
+
+def test_the_compilation_used_last_is_left_when_anything_it_was_chosen_by_changes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3))
+    local = graphlocal.compile(model, example_inputs=torch.randn(4, 4))
+
+    def used(x: Tensor) -> Any:
+        local.zero_grad()
+        local(x).sum().backward()
+        return local.compiled
+
+    x = torch.randn(4, 4)
+    first = used(x)
+    assert used(x) is first
+    assert used(torch.randn(7, 4)) is first  # the batch size is open
+    model[1].eval()
+    second = used(x)
+    assert second is not first
+    model[0].weight.requires_grad_(False)
+    third = used(x)
+    assert third is not second
+    assert model[0].weight.grad is None
+    model[0].weight.requires_grad_(True)
+    assert used(x) is second
+    model[1] = nn.BatchNorm1d(6)
+    assert used(x) not in (first, second, third)
+    assert local._lag.present
+    assert model[1].running_mean.abs().sum() > 0
