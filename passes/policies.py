@@ -5,7 +5,10 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import itertools
+import re
 from collections.abc import Callable, Sequence
+
+import networkx as nx
 
 from graphlocal.errors import InputError, PartitionError, nearest
 from graphlocal.ir import LocalGraph, Operation
@@ -16,8 +19,11 @@ from graphlocal.passes.order import boxes_in_order
 
 Policy = str | int | Sequence[str] | Callable[[Operation], str | None]
 
-POLICIES = ("auto", "leaf")
-_REMEDY = 'use "auto", "leaf", a number of segments, a list of globs of module paths, or a callable'
+POLICIES = ("auto", "blocks", "leaf")
+WITH_HEADS = re.compile(r"(\d+)\+head")
+_REMEDY = (
+    'use "auto", "blocks", "leaf", a number of segments, "2+head", a list of globs of module paths, or a callable'
+)
 
 
 def labels(graph: LocalGraph, policy: Policy) -> Labels:
@@ -26,11 +32,13 @@ def labels(graph: LocalGraph, policy: Policy) -> Labels:
     Raises InputError for an unknown policy and PartitionError for a glob without a match.
     """
     operations = graph.operations
-    if policy == "auto":
+    if policy in ("auto", "blocks"):
         boxes = complete(graph, operations, module_boxes(graph, operations), light=False)
         return boxes if has_stack(graph) else merge_between_articulations(graph, boxes)
     if policy == "leaf":
         return complete(graph, operations, {})
+    if isinstance(policy, str) and (segments := WITH_HEADS.fullmatch(policy)):
+        return _segments_and_heads(graph, int(segments[1]))
     if isinstance(policy, str):
         raise InputError(f"unknown partition {policy!r}: {nearest(policy, POLICIES)}", remedy=_REMEDY)
     if isinstance(policy, int) and not isinstance(policy, bool):
@@ -76,13 +84,50 @@ def _segments(graph: LocalGraph, count: int) -> Labels:
     for op in graph.operations:
         order.setdefault(leaves[op.name], []).append(op)
     chain = boxes_in_order(graph, leaves)
-    parametric = [box for box in chain if any(is_parametric(graph, op) for op in order[box])]
+    parametric = _parametric(graph, leaves, chain)
     if not 1 <= count <= len(parametric):
         raise PartitionError(
             f"{count} segments are wanted, but {graph.name} has {len(parametric)} operations with parameters",
             remedy=f"pass a number from 1 to {len(parametric)}",
         )
-    cuts = _balanced_cuts(graph, chain, order, leaves, set(parametric), count)
+    return _cut(graph, chain, order, leaves, set(parametric), count)
+
+
+def _parametric(graph: LocalGraph, boxes: Labels, chain: list[str]) -> list[str]:
+    found = {boxes[op.name] for op in graph.operations if is_parametric(graph, op)}
+    return [box for box in chain if box in found]
+
+
+def _segments_and_heads(graph: LocalGraph, count: int) -> Labels:
+    """At most `count` segments, and each of the model's last layers as a box of its own.
+
+    A last layer has no parameters of another one after it.
+    """
+    layers = complete(graph, graph.operations, {}, light=False)
+    order: dict[str, list[Operation]] = {}
+    for op in graph.operations:
+        order.setdefault(layers[op.name], []).append(op)
+    chain = boxes_in_order(graph, layers)
+    parametric = _parametric(graph, layers, chain)
+    dag = nx.DiGraph((layers[a], layers[b]) for a, b in graph.operation_dag.edges)
+    dag.add_nodes_from(chain)
+    followers = {box: nx.descendants(dag, box) - {box} for box in parametric}
+    heads = {box for box in parametric if followers[box].isdisjoint(parametric)}
+    apart = heads.union(*(followers[box] for box in heads))
+    below = [box for box in parametric if box not in apart]
+    if count < 1:
+        raise PartitionError(f"{count} segments are wanted", remedy='pass "1+head", "2+head", or more')
+    found = {op.name: layers[op.name] for op in graph.operations if layers[op.name] in apart}
+    if below:
+        chain = [box for box in chain if box not in apart]
+        found |= _cut(graph, chain, order, layers, set(below), min(count, len(below)))
+    return found if below else layers
+
+
+def _cut(graph: LocalGraph, chain: list[str], order: dict[str, list[Operation]], leaves: Labels,
+         parametric: set[str], count: int) -> Labels:  # fmt: skip
+    """The boxes of a chain as `count` segments."""
+    cuts = _balanced_cuts(graph, chain, order, leaves, parametric, count)
     found: Labels = {}
     segment = 1
     for i, box in enumerate(chain):
@@ -97,9 +142,9 @@ def _balanced_cuts(graph: LocalGraph, chain: list[str], order: dict[str, list[Op
     costs = [1 + sum(op.flops for op in order[box]) for box in chain]
     rank = {box: i for i, box in enumerate(chain)}
     last_read = {
-        source: max(rank[leaves[reader]] for reader in readers)
+        source: max(rank.get(leaves[reader], len(chain)) for reader in readers)
         for source, readers in readers_of(graph.operations).items()
-        if source in leaves
+        if leaves.get(source) in rank
     }
     crossing = [0] * (len(chain) + 1)
     for source, last in last_read.items():

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import networkx as nx
 
 from graphlocal.errors import InputError
-from graphlocal.ir import Connection, LocalGraph, Operation
+from graphlocal.ir import Connection, LocalGraph, Operation, Subgraph
 from graphlocal.rules.base import Calibration, Rule, features, loss_connections, normalizes, vjp_connections
 from graphlocal.rules.wiring import feedback_connection, values_from_parameters
 from graphlocal.verify import learning_values
@@ -48,7 +48,9 @@ class Calibrated(Rule):
     max_inputs: int = 1280
     forgetting: float = 0.9
     ridge: float = 1e-3
-    rows: int = 8192
+    rows: int = 2048
+    pooled: bool = True
+    segments: int = 2
 
     def __post_init__(self) -> None:
         if self.wiring not in ("chain", "skip"):
@@ -72,6 +74,9 @@ class Calibrated(Rule):
     @property
     def calibration(self) -> Calibration:
         return Calibration(self.every, self.forgetting, self.ridge, self.rows)
+
+    def preferred_partition(self, graph: LocalGraph) -> str | int:
+        return f"{self.segments}+head" if self.segments and self.wiring == "chain" else "auto"
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         exact, senders = _output_error(graph)
@@ -101,18 +106,25 @@ class Calibrated(Rule):
         if not fixed or _only_normalizes(graph, source, value):
             return [c for c in vjp_connections(graph, source) if (c.target, c.value) == (target, value)]
         drawn = [feedback_connection(graph, source, v, target, value, depth=1) for v in sources]
-        return [replace(c, fitted=True, window=self._window(graph, c)) for c in drawn]
+        return [self._with_window(graph, replace(c, fitted=True)) for c in drawn]
 
-    def _window(self, graph: LocalGraph, connection: Connection) -> tuple[int, ...]:
-        ranks = set()
+    def _with_window(self, graph: LocalGraph, connection: Connection) -> Connection:
+        """The connection with the window that its map reads, if both ends are maps of positions."""
+        shapes = []
         for value in (connection.source_value, connection.value):
             known = graph.type(value)
             assert known is not None
-            ranks.add(len(known.shape) if graph.representation[value].axis == 1 else 0)
-        if ranks not in ({3}, {4}):
-            return ()
-        window = (self.window,) * (ranks.pop() - 2)
-        return window if connection.weight[-1] * math.prod(window) <= self.max_inputs else (1,) * len(window)
+            shapes.append(known.shape if graph.representation[value].axis == 1 else ())
+        if {len(shape) for shape in shapes} not in ({3}, {4}):
+            return connection
+        window = (self.window,) * (len(shapes[0]) - 2)
+        reach = _reach(graph, graph.subgraph[connection.source], len(window))
+        local = reach is not None and max(reach) <= self.window
+        if local and reach is not None:
+            window = reach
+        many = connection.weight[-1] * math.prod(window) > self.max_inputs
+        pooled = math.prod(window) > 1 and (self.pooled or many)
+        return replace(connection, window=window, pooled=pooled, local=local)
 
 
 def _output_error(graph: LocalGraph) -> tuple[list[Connection], set[str]]:
@@ -155,6 +167,19 @@ def _counts(op: Operation) -> bool:
 
 
 _ADDS = re.compile(r"aten\.(add|dropout|feature_dropout)\b")
+_CONVOLVES = re.compile(r"aten\.(conv\dd|convolution)\b")
+
+
+def _reach(graph: LocalGraph, subgraph: Subgraph, axes: int) -> tuple[int, ...] | None:
+    """The window of one convolution, whose sizes are odd; None for a subgraph that does anything more to positions."""
+    operations = [graph.operation[name] for name in subgraph.operations if not _counts(graph.operation[name])]
+    convolutions = [op for op in operations if _CONVOLVES.match(op.target)]
+    if len(convolutions) != 1 or not all(op in convolutions or op.pointwise or _ADDS.match(op.target) for op in operations):
+        return None
+    kernels = [graph.state[name].type.shape[2:] for name in convolutions[0].states]
+    (kernel,) = [kernel for kernel in kernels if len(kernel) == axes] or [()]
+    sizes = tuple(size for size in kernel if isinstance(size, int) and size % 2)
+    return sizes if len(sizes) == axes else None
 
 
 def _above(graph: LocalGraph, sources: list[str], name: str) -> list[str]:
