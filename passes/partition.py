@@ -32,8 +32,10 @@ FULL = 64
 class Partition:
     """Divide the model into subgraphs.
 
-    policy: "auto" (repeated blocks, else layers), "leaf" (one parametric operation each), an int (that many
-    segments of about equal cost), globs of module paths, or a callable `Operation -> box name or None`.
+    policy: "auto" (what `preferred` says, else blocks), "blocks" (repeated blocks, else layers), "leaf" (one
+    parametric operation each), an int (that many segments of about equal cost), "2+head" or "3:1+head" (segments of
+    equal cost or of these proportions, and the last layers by themselves), globs of module paths, or a callable
+    `Operation -> box name or None`.
     depth: levels of the partition tree; 1 keeps the policy's boxes whole. preferred: what "auto" stands for.
     """
 

@@ -20,9 +20,9 @@ from graphlocal.passes.order import boxes_in_order
 Policy = str | int | Sequence[str] | Callable[[Operation], str | None]
 
 POLICIES = ("auto", "blocks", "leaf")
-WITH_HEADS = re.compile(r"(\d+)\+head")
+WITH_HEADS = re.compile(r"(\d+|\d+(?::\d+)+)\+head")
 _REMEDY = (
-    'use "auto", "blocks", "leaf", a number of segments, "2+head", a list of globs of module paths, or a callable'
+    'use "auto", "blocks", "leaf", a number of segments, "2+head", "3:1+head", a list of globs of module paths, or a callable'
 )
 
 
@@ -38,7 +38,8 @@ def labels(graph: LocalGraph, policy: Policy) -> Labels:
     if policy == "leaf":
         return complete(graph, operations, {})
     if isinstance(policy, str) and (segments := WITH_HEADS.fullmatch(policy)):
-        return _segments_and_heads(graph, int(segments[1]))
+        shares = [int(share) for share in segments[1].split(":")]
+        return _segments_and_heads(graph, shares if len(shares) > 1 else [1] * shares[0])
     if isinstance(policy, str):
         raise InputError(f"unknown partition {policy!r}: {nearest(policy, POLICIES)}", remedy=_REMEDY)
     if isinstance(policy, int) and not isinstance(policy, bool):
@@ -90,7 +91,7 @@ def _segments(graph: LocalGraph, count: int) -> Labels:
             f"{count} segments are wanted, but {graph.name} has {len(parametric)} operations with parameters",
             remedy=f"pass a number from 1 to {len(parametric)}",
         )
-    return _cut(graph, chain, order, leaves, set(parametric), count)
+    return _cut(graph, chain, order, leaves, set(parametric), [1] * count)
 
 
 def _parametric(graph: LocalGraph, boxes: Labels, chain: list[str]) -> list[str]:
@@ -98,11 +99,13 @@ def _parametric(graph: LocalGraph, boxes: Labels, chain: list[str]) -> list[str]
     return [box for box in chain if box in found]
 
 
-def _segments_and_heads(graph: LocalGraph, count: int) -> Labels:
-    """At most `count` segments, and each of the model's last layers as a box of its own.
+def _segments_and_heads(graph: LocalGraph, shares: Sequence[int]) -> Labels:
+    """Segments with costs in proportion to `shares`, and each of the model's last layers as a box of its own.
 
-    A last layer has no parameters of another one after it.
+    A last layer has no parameters of another one after it. A small model has fewer segments, those of the last shares.
     """
+    if not shares or min(shares) < 1:
+        raise PartitionError(f"segments of shares {list(shares)} are wanted", remedy='pass "2+head", or "3:1+head"')
     layers = complete(graph, graph.operations, {}, light=False)
     order: dict[str, list[Operation]] = {}
     for op in graph.operations:
@@ -115,19 +118,17 @@ def _segments_and_heads(graph: LocalGraph, count: int) -> Labels:
     heads = {box for box in parametric if followers[box].isdisjoint(parametric)}
     apart = heads.union(*(followers[box] for box in heads))
     below = [box for box in parametric if box not in apart]
-    if count < 1:
-        raise PartitionError(f"{count} segments are wanted", remedy='pass "1+head", "2+head", or more')
     found = {op.name: layers[op.name] for op in graph.operations if layers[op.name] in apart}
     if below:
         chain = [box for box in chain if box not in apart]
-        found |= _cut(graph, chain, order, layers, set(below), min(count, len(below)))
+        found |= _cut(graph, chain, order, layers, set(below), shares[-len(below) :])
     return found if below else layers
 
 
 def _cut(graph: LocalGraph, chain: list[str], order: dict[str, list[Operation]], leaves: Labels,
-         parametric: set[str], count: int) -> Labels:  # fmt: skip
-    """The boxes of a chain as `count` segments."""
-    cuts = _balanced_cuts(graph, chain, order, leaves, parametric, count)
+         parametric: set[str], shares: Sequence[int]) -> Labels:  # fmt: skip
+    """The boxes of a chain as segments with costs in proportion to `shares`."""
+    cuts = _balanced_cuts(graph, chain, order, leaves, parametric, shares)
     found: Labels = {}
     segment = 1
     for i, box in enumerate(chain):
@@ -137,7 +138,7 @@ def _cut(graph: LocalGraph, chain: list[str], order: dict[str, list[Operation]],
 
 
 def _balanced_cuts(graph: LocalGraph, chain: list[str], order: dict[str, list[Operation]], leaves: Labels,
-                   parametric: set[str], count: int) -> set[int]:  # fmt: skip
+                   parametric: set[str], shares: Sequence[int]) -> set[int]:  # fmt: skip
     """Positions in the chain before which to cut: near the best balance, then where the fewest values cross."""
     costs = [1 + sum(op.flops for op in order[box]) for box in chain]
     rank = {box: i for i, box in enumerate(chain)}
@@ -153,12 +154,27 @@ def _balanced_cuts(graph: LocalGraph, chain: list[str], order: dict[str, list[Op
     done = [0, *itertools.accumulate(costs)]
     first = next(i for i, box in enumerate(chain) if box in parametric)
     allowed = [i for i, box in enumerate(chain) if i > first and box in parametric]
-    limit = (1 + _SLACK) * _least_maximum(done, allowed, count)
-    return _fewest_crossings(done, allowed, crossing, count, limit)
+    limit = (1 + _SLACK) * _least_maximum(done, allowed, shares)
+    return _fewest_crossings(done, allowed, crossing, shares, limit)
 
 
-def _least_maximum(done: list[int], allowed: list[int], count: int) -> int:
-    """The cost of the costliest segment in the best cut of a chain into `count`; done: cumulated costs."""
+def _least_maximum(done: list[int], allowed: list[int], shares: Sequence[int]) -> float:
+    """The largest cost of a segment for each unit of its share, in the best cut of a chain; done: cumulated costs."""
+    if len(set(shares)) == 1:
+        return _least_equal(done, allowed, len(shares)) / shares[0]
+    ways: dict[int, float] = {0: 0}
+    for k, share in enumerate(shares, 1):
+        ends = allowed if k < len(shares) else [len(done) - 1]
+        ways = {
+            end: min(max(worst, (done[end] - done[start]) / share) for start, worst in ways.items() if start < end)
+            for end in ends
+            if end > min(ways)
+        }
+    return min(ways.values())
+
+
+def _least_equal(done: list[int], allowed: list[int], count: int) -> int:
+    """The cost of the costliest of `count` segments in the best cut."""
     ends = [*allowed, len(done) - 1]
 
     def possible(limit: int) -> bool:
@@ -176,20 +192,22 @@ def _least_maximum(done: list[int], allowed: list[int], count: int) -> int:
     return bisect.bisect_left(range(done[-1]), True, key=possible)
 
 
-def _fewest_crossings(done: list[int], allowed: list[int], crossing: list[int], count: int, limit: float) -> set[int]:
-    """The cuts that the fewest values cross, then the most equal ones, with no segment's cost above the limit."""
-    ways: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
-    for k in range(1, count + 1):
+def _fewest_crossings(
+    done: list[int], allowed: list[int], crossing: list[int], shares: Sequence[int], limit: float
+) -> set[int]:
+    """The cuts that the fewest values cross, then the most equal ones, with no segment's cost above limit * share."""
+    ways: dict[int, tuple[int, float, tuple[int, ...]]] = {0: (0, 0, ())}
+    for k, share in enumerate(shares, 1):
         found = {}
         starts = sorted(ways)
-        for end in allowed if k < count else [len(done) - 1]:
+        for end in allowed if k < len(shares) else [len(done) - 1]:
             options = []
             for start in reversed(starts[: bisect.bisect_left(starts, end)]):
                 cost = done[end] - done[start]
-                if cost > limit:
+                if cost > limit * share:
                     break
                 crossed, spread, cuts = ways[start]
-                options.append((crossed + crossing[end], spread + cost**2, (*cuts, end)))
+                options.append((crossed + crossing[end], spread + cost**2 / share, (*cuts, end)))
             if options:
                 found[end] = min(options)
         ways = found

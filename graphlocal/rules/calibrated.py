@@ -23,19 +23,30 @@ class Calibrated(Rule):
     Every `every`-th training step is one of backpropagation on the same subgraphs. Its true gradients are that step's
     update, and each E is refitted to them by ridge regression (`graphlocal.fitting`), so that E is the best linear
     prediction of the gradient at v from the errors of its sources. In all other steps no vector-Jacobian product
-    crosses a subgraph's boundary, but for those that hand the error of the output to what the last subgraphs read.
+    crosses a subgraph's boundary, but for those that hand the error of the output to what the last layers read.
+
+    segments: what `partition="auto"` stands for: segments whose costs have these proportions, from the input up, and
+    the model's last layers by themselves (`partition="3:1+head"`). A map that stands for a quarter of the model is far
+    better than one for half of it, and much better than a chain of maps, in which errors add up: so (3, 1) is the most
+    exact, and (1, 1) and then repeated blocks (`partition="blocks"`, also what () and wiring="skip" stand for) update
+    more at one time.
 
     wiring: `"chain"` takes each error from the subgraphs that read the value: one cheap map after another, after which
-    all block updates are independent. `"skip"` takes it from the last representations at once: more parallel, less
-    exact on convolutions. Between convolutional maps E is a convolution with a 3 x 3 window (strides and poolings
-    are bridged), else a linear map on features, the same for all positions. max_inputs: a window is left out (1 x 1)
-    where E would read more values than this for each position. forgetting, ridge, rows: of the regression; rows
-    bounds how many positions a step takes into it.
+    all updates are independent. `"skip"` takes it from the last representations at once: more parallel, less exact on
+    convolutions.
+
+    Between maps of positions E is a convolution (strides and poolings are bridged), else a linear map on features, the
+    same for all positions. window: its size; a single convolution's own, if that is smaller. pooled: E reads of each
+    window the position and the mean, (E e)(p) = A e(p) + B mean_{q in window(p)} e(q) + C mean_q e(q), so that it costs
+    two products of features instead of window^2, and fits from fewer rows; None: but for the maps that stand for a
+    single convolution, which have no C and lose by it. max_inputs: E is pooled in any case where it would read more
+    values than this for each position.
+
+    forgetting, ridge, rows: of the regression; rows bounds how many positions a step takes into it.
 
     A subgraph that does nothing but normalize (`partition="leaf"` makes such) hands its error down by its own
     derivative: that takes the mean and the part along the output out of an error, which no linear map can, and one
-    such map through a BatchNorm is 60 degrees off. Cut between blocks all the same where you can: the chain of maps
-    between leaves is longer than backpropagation's.
+    such map through a BatchNorm is 60 degrees off.
 
     Each value keeps the second moments of what its maps read, (inputs x inputs) numbers. E starts at zero and is
     fitted in the first step. Raises InputError for options out of range.
@@ -46,11 +57,11 @@ class Calibrated(Rule):
     wiring: Literal["chain", "skip"] = "chain"
     window: int = 3
     max_inputs: int = 1280
-    forgetting: float = 0.9
+    forgetting: float = 0.8
     ridge: float = 1e-3
     rows: int = 2048
-    pooled: bool = True
-    segments: int = 2
+    pooled: bool | None = None
+    segments: tuple[int, ...] = (3, 1)
 
     def __post_init__(self) -> None:
         if self.wiring not in ("chain", "skip"):
@@ -59,6 +70,9 @@ class Calibrated(Rule):
             value = getattr(self, option)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"Calibrated({option}={value!r})", why="it is a count, 1 or more")
+        shares = self.segments if isinstance(self.segments, tuple) else (0,)
+        if not all(isinstance(share, int) and share > 0 for share in shares):
+            raise InputError(f"Calibrated(segments={self.segments!r})", remedy="pass proportions, such as (3, 1), or ()")
         if self.window % 2 == 0:
             raise InputError(f"Calibrated(window={self.window})", why="a window has a middle", remedy="use an odd size")
         if not (0 <= self.forgetting < 1 and self.ridge > 0):
@@ -76,7 +90,8 @@ class Calibrated(Rule):
         return Calibration(self.every, self.forgetting, self.ridge, self.rows)
 
     def preferred_partition(self, graph: LocalGraph) -> str | int:
-        return f"{self.segments}+head" if self.segments and self.wiring == "chain" else "auto"
+        shares = self.segments if self.wiring == "chain" else ()
+        return f"{':'.join(map(str, shares))}+head" if len(shares) > 1 else f"{len(shares)}+head" if shares else "blocks"
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         exact, senders = _output_error(graph)
@@ -123,7 +138,7 @@ class Calibrated(Rule):
         if local and reach is not None:
             window = reach
         many = connection.weight[-1] * math.prod(window) > self.max_inputs
-        pooled = math.prod(window) > 1 and (self.pooled or many)
+        pooled = math.prod(window) > 1 and (many or (not local if self.pooled is None else self.pooled))
         return replace(connection, window=window, pooled=pooled, local=local)
 
 
