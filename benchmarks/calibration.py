@@ -260,7 +260,12 @@ def run(task: Task, seed: int, wanted: list[str]) -> dict[str, tuple[float, floa
     return found
 
 
-TIMED = {"auto": "auto", "auto, two halves": "2+head", "auto, every block a subgraph": "blocks", "auto, every operation a subgraph": "leaf"}
+TIMED = {
+    "auto": "auto",
+    "auto, two halves": "2+head",
+    "auto, every block a subgraph": "blocks",
+    "auto, every operation a subgraph": "leaf",
+}
 TIMES = ["step", "ordinary", "calibration", "mean", "mean / compiled backprop"]
 
 

@@ -21,9 +21,7 @@ Policy = str | int | Sequence[str] | Callable[[Operation], str | None]
 
 POLICIES = ("auto", "blocks", "leaf")
 WITH_HEADS = re.compile(r"(\d+|\d+(?::\d+)+)\+head")
-_REMEDY = (
-    'use "auto", "blocks", "leaf", a number of segments, "2+head", "3:1+head", a list of globs of module paths, or a callable'
-)
+_REMEDY = 'use "auto", "blocks", "leaf", a number of segments, "3:1+head", globs of module paths, or a callable'
 
 
 def labels(graph: LocalGraph, policy: Policy) -> Labels:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import graphlocal
 import zoo
 from graphlocal.arguments import Binder
+from graphlocal.errors import PartitionError
 from graphlocal.ir import Input, LocalGraph, Operation, State, Subgraph, TensorType
 from graphlocal.lift import lift
 from graphlocal.partition import explain

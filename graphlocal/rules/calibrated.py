@@ -72,7 +72,9 @@ class Calibrated(Rule):
                 raise InputError(f"Calibrated({option}={value!r})", why="it is a count, 1 or more")
         shares = self.segments if isinstance(self.segments, tuple) else (0,)
         if not all(isinstance(share, int) and share > 0 for share in shares):
-            raise InputError(f"Calibrated(segments={self.segments!r})", remedy="pass proportions, such as (3, 1), or ()")
+            raise InputError(
+                f"Calibrated(segments={self.segments!r})", remedy="pass proportions, such as (3, 1), or ()"
+            )
         if self.window % 2 == 0:
             raise InputError(f"Calibrated(window={self.window})", why="a window has a middle", remedy="use an odd size")
         if not (0 <= self.forgetting < 1 and self.ridge > 0):
@@ -91,7 +93,9 @@ class Calibrated(Rule):
 
     def preferred_partition(self, graph: LocalGraph) -> str | int:
         shares = self.segments if self.wiring == "chain" else ()
-        return f"{':'.join(map(str, shares))}+head" if len(shares) > 1 else f"{len(shares)}+head" if shares else "blocks"
+        return (
+            f"{':'.join(map(str, shares))}+head" if len(shares) > 1 else f"{len(shares)}+head" if shares else "blocks"
+        )
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         exact, senders = _output_error(graph)
@@ -189,7 +193,9 @@ def _reach(graph: LocalGraph, subgraph: Subgraph, axes: int) -> tuple[int, ...] 
     """The window of one convolution, whose sizes are odd; None for a subgraph that does anything more to positions."""
     operations = [graph.operation[name] for name in subgraph.operations if not _counts(graph.operation[name])]
     convolutions = [op for op in operations if _CONVOLVES.match(op.target)]
-    if len(convolutions) != 1 or not all(op in convolutions or op.pointwise or _ADDS.match(op.target) for op in operations):
+    if len(convolutions) != 1 or not all(
+        op in convolutions or op.pointwise or _ADDS.match(op.target) for op in operations
+    ):
         return None
     kernels = [graph.state[name].type.shape[2:] for name in convolutions[0].states]
     (kernel,) = [kernel for kernel in kernels if len(kernel) == axes] or [()]

@@ -313,9 +313,7 @@ def _connection(line: _Line, kind: ConnectionKind) -> Connection:
     weight = _bracketed(line, "a size of the feedback map") if line.take("weight") else ()
     window = _bracketed(line, "a size of the window") if line.take("window") else ()
     pooled, local, fitted = (line.take(word) for word in ("pooled", "local", "fitted"))
-    return Connection(
-        source, target, value, kind, exact, depth, source_value, weight, window, fitted, pooled, local
-    )
+    return Connection(source, target, value, kind, exact, depth, source_value, weight, window, fitted, pooled, local)
 
 
 def _bracketed(line: _Line, expected: str) -> tuple[int, ...]:
