@@ -58,8 +58,7 @@ class WindowLayout:
         else:
             message = self._convolved(error, matrix[:, :taps].unflatten(1, (features, *self._kernel)), size)
         if not self.local:
-            mean = self._share(error, size) * error.mean((2, 3))
-            message = message + F.linear(mean, matrix[:, taps:])[:, :, None, None]
+            message = message + F.linear(self._mean(error, size), matrix[:, taps:])[:, :, None, None]
         return message.reshape(target.shape).to(target.dtype)
 
     def rows(self, error: Tensor, target: Tensor, stride: int = 1) -> Tensor:
@@ -78,7 +77,7 @@ class WindowLayout:
             around = [padded[sample, row + i, column + j] for i in range(tall) for j in range(broad)]
             read = [torch.stack(around, -1).flatten(1)]
         if not self.local:
-            read.append((self._share(error, placed.shape[2:]) * error.mean((2, 3)))[sample])
+            read.append(self._mean(error, placed.shape[2:])[sample])
         return torch.cat(read, 1)
 
     @property
@@ -129,10 +128,12 @@ class WindowLayout:
         turned = kernel.flip(2, 3).transpose(0, 1)
         return F.conv_transpose2d(error, turned, None, strides, self._padding, left_over)
 
-    def _share(self, error: Tensor, size: Sequence[int]) -> float:
-        """The mean over the placed error's positions, as a part of that over the error's own."""
-        strides = self._strides(error.shape[2:], size)
-        return 1.0 if strides is None else math.prod(error.shape[2:]) / math.prod(size)
+    def _mean(self, error: Tensor, size: Sequence[int]) -> Tensor:
+        """The mean of the placed error over all positions: batch x features."""
+        mean = error.mean((2, 3))
+        if self._strides(error.shape[2:], size) in (None, (1, 1)):
+            return mean
+        return mean * (math.prod(error.shape[2:]) / math.prod(size))
 
 
 def taps_of(window: Sequence[int], pooled: bool) -> int:
