@@ -16,6 +16,7 @@ from graphlocal.passes.articulation import merge_between_articulations
 from graphlocal.passes.boxes import Labels, complete, is_parametric, module_prefixes, readers_of
 from graphlocal.passes.module_boxes import has_stack, module_boxes
 from graphlocal.passes.order import boxes_in_order
+from graphlocal.rules.base import normalizes
 
 Policy = str | int | Sequence[str] | Callable[[Operation], str | None]
 
@@ -100,7 +101,8 @@ def _parametric(graph: LocalGraph, boxes: Labels, chain: list[str]) -> list[str]
 def _segments_and_heads(graph: LocalGraph, shares: Sequence[int]) -> Labels:
     """Segments with costs in proportion to `shares`, and each of the model's last layers as a box of its own.
 
-    A last layer has no parameters of another one after it. A small model has fewer segments, those of the last shares.
+    A last layer has no parameters of another one after it, or is the normalization that such a layer reads. A small
+    model has fewer segments, those of the last shares.
     """
     if not shares or min(shares) < 1:
         raise PartitionError(f"segments of shares {list(shares)} are wanted", remedy='pass "2+head", or "3:1+head"')
@@ -115,12 +117,21 @@ def _segments_and_heads(graph: LocalGraph, shares: Sequence[int]) -> Labels:
     followers = {box: nx.descendants(dag, box) - {box} for box in parametric}
     heads = {box for box in parametric if followers[box].isdisjoint(parametric)}
     apart = heads.union(*(followers[box] for box in heads))
+    apart |= {box for box in parametric if followers[box] <= apart and _is_normalization(graph, order[box])}
     below = [box for box in parametric if box not in apart]
     found = {op.name: layers[op.name] for op in graph.operations if layers[op.name] in apart}
     if below:
         chain = [box for box in chain if box not in apart]
         found |= _cut(graph, chain, order, layers, set(below), shares[-len(below) :])
     return found if below else layers
+
+
+def _is_normalization(graph: LocalGraph, box: list[Operation]) -> bool:
+    """Whether a box reads one value, normalizes it, and does nothing more but what is elementwise."""
+    inside = [op for op in box if op.type is None or op.type.is_float]
+    made = {op.name for op in box} | {op.name for op in graph.sizes}
+    read = {value for op in inside for value in op.inputs} - made
+    return len(read) == 1 and any(map(normalizes, inside)) and all(normalizes(op) or op.pointwise for op in inside)
 
 
 def _cut(graph: LocalGraph, chain: list[str], order: dict[str, list[Operation]], leaves: Labels,

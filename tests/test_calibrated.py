@@ -299,6 +299,20 @@ def test_a_run_that_is_saved_and_loaded_goes_on_as_if_it_had_not_stopped():
     assert int(whole.error_weights.calibration_steps) == 9
 
 
+def test_maps_of_windows_go_into_a_file_and_come_back(tmp_path):
+    model = zoo.MODELS["small_resnet"]
+    local = made("small_resnet", Calibrated(every=3, segments=(2, 1)))
+    model.loss(zoo.call(local, model.example(DOUBLE))).backward()
+    local.save(tmp_path / "m.local")
+    loaded = graphlocal.load(tmp_path / "m.local")
+    assert (loaded.graph, loaded.options.rule) == (local.graph, local.options.rule)
+    for each in (local, loaded):
+        each.original.zero_grad()
+        model.loss(zoo.call(each, model.example(DOUBLE))).backward()
+    found = dict(loaded.original.named_parameters())
+    assert all(torch.equal(p.grad, found[name].grad) for name, p in local.original.named_parameters())
+
+
 def test_calibrations_come_every_n_steps_and_can_be_forced():
     local = made("mlp", Calibrated(every=3))
     model, seen = zoo.MODELS["mlp"], []

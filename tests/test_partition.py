@@ -309,6 +309,12 @@ def test_a_small_model_has_fewer_segments_below_its_last_layers():
     assert not any(s.name.startswith("segment") for s in heads)
 
 
+def test_the_normalization_before_the_last_layer_is_one_of_the_last_layers():
+    """Its error is exact then; but a norm with an addition, as in a residual block, is part of the block."""
+    assert names(partitioned("vit", "2+head"))[-2:] == ["norm", "head"]
+    assert names(partitioned("small_resnet", "2+head")) == ["segment1", "segment2", "7"]
+
+
 @pytest.mark.parametrize("policy", ["0+head", "3:0+head"])
 def test_segments_of_no_size_are_refused(policy):
     with pytest.raises(PartitionError, match="are wanted"):
