@@ -309,6 +309,14 @@ def test_a_small_model_has_fewer_segments_below_its_last_layers():
     assert not any(s.name.startswith("segment") for s in heads)
 
 
+def test_segments_and_last_layers_are_explained():
+    model = zoo.MODELS["vit"]
+    local = graphlocal.compile(model.make(), example_inputs=model.example(), rule="auto")
+    lines = dict(line.split(maxsplit=1) for line in explain(local).splitlines())
+    assert re.match(r"segment with \d+% of the cost", lines["segment1"])
+    assert lines["head"].startswith("one of the last layers")
+
+
 def test_the_normalization_before_the_last_layer_is_one_of_the_last_layers():
     """Its error is exact then; but a norm with an addition, as in a residual block, is part of the block."""
     assert names(partitioned("vit", "2+head"))[-2:] == ["norm", "head"]

@@ -44,6 +44,9 @@ class Calibrated(Rule):
 
     forgetting, ridge, rows: of the regression; rows bounds how many positions a step takes into it.
 
+    A number of segments as partition puts the last layer into the last segment, whose whole derivative then hands the
+    error of the output down: with `partition=2` the rule is backpropagation.
+
     A subgraph that does nothing but normalize (`partition="leaf"` makes such) hands its error down by its own
     derivative: that takes the mean and the part along the output out of an error, which no linear map can, and one
     such map through a BatchNorm is 60 degrees off.
