@@ -1,9 +1,13 @@
 """The calibrated rule (`rule="auto"`) on a convnet, a vision transformer and a character language model.
 
-Beside backpropagation, at equal epochs and with two controls: learning on every tenth step only (`only true steps`),
-and backpropagation in which all but the last block and the head learn on every tenth step only (`lower blocks on
-true steps only`). Every run has its own seed; all rules of a seed start from the same weights and see the same batches.
-Times are relative to the first rule's, which runs before them: the step's compilation at the second call is in them.
+Beside backpropagation, at equal epochs and with three controls: learning on every tenth step only (`only true steps`),
+and backpropagation in which all but the last block (or two blocks) and the head learn on every tenth step only (`lower
+blocks`, `lower half`). Every run has its own seed; all rules of a seed start from the same weights and see the same
+batches. Times of an epoch are relative to the first rule's, which runs before them: compilation is in them.
+
+The time of a step is measured apart, on one thread, in CPU time: every round runs one step of each kind, the ratio to
+eager backpropagation is taken within the round, and all have the same fused Adam. `mean` is that of nine ordinary
+steps and one calibration.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pydoc_data import topics
 
@@ -159,12 +163,17 @@ def tasks(data_dir: str | None) -> dict[str, Task]:
     }  # fmt: skip
 
 
+def adam(task: Task, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The fused kernel, which `train_step` makes of any other Adam on its own."""
+    return torch.optim.Adam(parameters, task.lr, fused=True)
+
+
 def local_step(rule: Rule, only_true: bool = False, partition: str = "auto") -> Callable[[nn.Module, Task], Step]:
     """Steps of a compiled model; `only_true`: the calibration steps alone, the others are left out."""
 
     def make(model: nn.Module, task: Task) -> Step:
         local = graphlocal.compile(model, example_inputs=(task.data.train_x[:8],), rule=rule, partition=partition)
-        step = graphlocal.train_step(local, F.cross_entropy, torch.optim.Adam(local.parameters(), task.lr))
+        step = graphlocal.train_step(local, F.cross_entropy, adam(task, local.parameters()))
         count = iter(range(10**9))
 
         def run(x: Tensor, y: Tensor) -> Tensor:
@@ -178,12 +187,12 @@ def local_step(rule: Rule, only_true: bool = False, partition: str = "auto") -> 
     return make
 
 
-def autograd_step(lower_every: int = 1) -> Callable[[nn.Module, Task], Step]:
-    """Backpropagation; all but the last block and what comes after it learn on every `lower_every`-th step."""
+def autograd_step(lower_every: int = 1, first: int = 3) -> Callable[[nn.Module, Task], Step]:
+    """Backpropagation; what comes before the block `first` learns on every `lower_every`-th step."""
 
     def make(model: nn.Module, task: Task) -> Step:
-        optimizer = torch.optim.Adam(model.parameters(), task.lr)
-        last = ("blocks.3.", "head.", "norm.")
+        optimizer = adam(task, model.parameters())
+        last = (*(f"blocks.{i}." for i in range(first, 4)), "head.", "norm.")
         lower = [p for name, p in model.named_parameters() if not name.startswith(last)]
         count = iter(range(10**9))
 
@@ -205,11 +214,14 @@ def autograd_step(lower_every: int = 1) -> Callable[[nn.Module, Task], Step]:
 RULES: dict[str, Callable[[nn.Module, Task], Step]] = {
     "backprop": autograd_step(),
     "auto": local_step(Calibrated(every=EVERY)),
+    "auto, two halves": local_step(Calibrated(every=EVERY, segments=(1, 1))),
     "auto, wiring skip": local_step(Calibrated(every=EVERY, wiring="skip")),
+    "auto, every block a subgraph": local_step(Calibrated(every=EVERY), partition="blocks"),
     "auto, every operation a subgraph": local_step(Calibrated(every=EVERY), partition="leaf"),
     "rec-lra": local_step(RecLRA()),
     "only true steps": local_step(Calibrated(every=EVERY), only_true=True),
     "lower blocks on true steps only": autograd_step(EVERY),
+    "lower half on true steps only": autograd_step(EVERY, 2),
 }
 
 
@@ -226,7 +238,7 @@ def test_error(model: nn.Module, data: Dataset) -> float:
 
 
 def run(task: Task, seed: int, wanted: list[str]) -> dict[str, tuple[float, float]]:
-    """Test error in per cent, and mean milliseconds a step (calibrations and all), of each rule."""
+    """Test error in per cent, and mean milliseconds of CPU time a step (calibrations and all), of each rule."""
     torch.manual_seed(seed)
     start = task.make()
     found = {}
@@ -235,17 +247,60 @@ def run(task: Task, seed: int, wanted: list[str]) -> dict[str, tuple[float, floa
         step = RULES[name](model, task)
         generator = torch.Generator().manual_seed(seed)
         model.train()
-        clock, steps = time.perf_counter(), 0
+        clock, steps = time.process_time(), 0
         for _ in range(task.epochs):
             for x, y in batches(task.data.train_x, task.data.train_y, task.batch, generator):
                 step(x, y)
                 steps += 1
-        seconds = time.perf_counter() - clock
+        seconds = time.process_time() - clock
         found[name] = test_error(model, task.data), 1000 * seconds / steps
         print(
             f"seed {seed} {name}: {found[name][0]:.2f} %, {found[name][1]:.1f} ms a step", file=sys.stderr, flush=True
         )
     return found
+
+
+TIMED = {
+    "auto": "auto",
+    "auto, two halves": "2+head",
+    "auto, every block a subgraph": "blocks",
+    "auto, every operation a subgraph": "leaf",
+}
+TIMES = ["step", "ordinary", "calibration", "mean", "mean / compiled backprop"]
+
+
+def step_times(task: Task, rounds: int, inductor: bool) -> str:
+    """The table of step times; inductor: `target="inductor"` too."""
+    torch.manual_seed(0)
+    start = task.make()
+    x, y = task.data.train_x[: task.batch], task.data.train_y[: task.batch]
+
+    def timed(partition: str, target: str, calibrating: bool) -> report.Step:
+        local = graphlocal.compile(copy.deepcopy(start), example_inputs=(x,), rule=Calibrated(every=EVERY),
+                                   partition=partition, target=target)  # fmt: skip
+        local.calibrating = calibrating
+        step = graphlocal.train_step(local, F.cross_entropy, adam(task, local.parameters()))
+        return lambda: step(x, y)
+
+    def backprop(model: nn.Module) -> report.Step:
+        step = autograd_step()(model, task)
+        return lambda: step(x, y)
+
+    steps = {"backprop": backprop(copy.deepcopy(start)), "compiled": backprop(torch.compile(copy.deepcopy(start)))}
+    for name, partition in TIMED.items():
+        steps |= {(name, kind): timed(partition, "auto", kind == "calibration") for kind in ("ordinary", "calibration")}
+    if inductor:
+        steps["auto, inductor", "ordinary"] = timed("auto", "inductor", False)
+    times = report.in_turn(steps, rounds, time.process_time)
+    eager, compiled = times["backprop"], times["compiled"]
+    rows = [["backprop, eager", f"{1000 * statistics.median(eager):.1f} ms", "", "1", ""],
+            ["backprop, compiled", report.ratio(compiled, eager), "", "", "1"]]  # fmt: skip
+    for name in (*TIMED, *(["auto, inductor"] if inductor else [])):
+        ordinary, calibration = times[name, "ordinary"], times.get((name, "calibration"), times["auto", "calibration"])
+        mean = [((EVERY - 1) * a + b) / EVERY for a, b in zip(ordinary, calibration, strict=True)]
+        rows.append([name, report.ratio(ordinary, eager), report.ratio(calibration, eager), report.ratio(mean, eager),
+                     report.ratio(mean, compiled)])  # fmt: skip
+    return report.table(TIMES, rows)
 
 
 def main() -> None:
@@ -255,12 +310,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--task", action="append", choices=("convnet", "vit", "characters"))
     parser.add_argument("--rule", action="append", choices=list(RULES))
+    parser.add_argument("--rounds", type=int, default=30, help="of the step times; 0 leaves them out")
+    parser.add_argument("--inductor", action="store_true", help='time target="inductor" too')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     wanted, tables = arguments.rule or list(RULES), []
     for name, task in tasks(arguments.data_dir).items():
         if arguments.task and name not in arguments.task:
             continue
+        timed = step_times(task, arguments.rounds, arguments.inductor) if arguments.rounds else ""
+        print(timed, file=sys.stderr, flush=True)
         runs = [run(task, seed, wanted) for seed in range(arguments.seeds)]
         rows = []
         for rule in wanted:
@@ -270,7 +329,8 @@ def main() -> None:
             time_ratio = statistics.median(found[rule][1] / found[wanted[0]][1] for found in runs)
             rows.append([rule, f"{statistics.mean(errors):.2f}", ", ".join(f"{e:.2f}" for e in errors), f"{gap:+.2f}",
                          goal, f"{time_ratio:.2f}"])  # fmt: skip
-        tables.append(f"## {task.title}\n\n" + report.table(HEADER, rows))
+        parts = [f"## {task.title}", report.table(HEADER, rows), timed and "Time of a step:", timed]
+        tables.append("\n\n".join(filter(None, parts)))
     if arguments.task or arguments.rule:
         print("\n\n".join(tables))
     else:

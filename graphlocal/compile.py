@@ -29,8 +29,10 @@ def compile(
 
     example_inputs: a tuple of positional inputs or a dict of keyword inputs, with a batch of 2 or more.
     rule: a name ("rec-lra", "backprop"), or an instance with options.
-    partition: "auto" (repeated blocks, else layers), "leaf" (one parametric operation each), a number of
-    segments, globs of module paths, or a callable from an operation to the name of its subgraph.
+    partition: "auto" (what the rule prefers: blocks, or for the rule "auto" two segments and the head), "blocks"
+    (repeated blocks, else layers), "leaf" (one parametric operation each), a number of segments of equal cost, "2+head"
+    or "3:1+head" (segments of equal cost or of these proportions, and the last layers by themselves), globs of module
+    paths, or a callable from an operation to the name of its subgraph.
     skip_errors: further skip-error connections, (source, target), by subgraph name; a source may be "output".
     target: how the training graph is run: "lowered" to ATen operators without autograd, for each shape of the inputs;
     "batched", lowered, with the updates of subgraphs of one structure stacked into one computation (equal to

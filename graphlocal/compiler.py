@@ -272,7 +272,7 @@ def passes(options: Options) -> tuple[Any, ...]:
     """The passes that `options` stand for, in order."""
     return (
         *([_find_discrete_units(options.rule)] if options.rule.passes_discrete else []),
-        Partition(options.partition, options.rule.levels),
+        Partition(options.partition, options.rule.levels, options.rule.preferred_partition),
         InsertErrorNeurons(),
         InsertSkipErrors(options.rule, options.skip_errors),
         *([Schedule(options.streams)] if options.rule.engine == "schedule" else []),

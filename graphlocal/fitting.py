@@ -32,28 +32,53 @@ class WindowLayout:
 
     window: its sizes, one or two, all odd. Both ends are batch x features x positions (one or two axes). A source of
     half the target's positions lies on every other one of them; other unlike sizes are interpolated or averaged.
-    E: target features x (source features * window + source features).
+    pooled: E reads the position and the mean of the window around it (zero beyond the edge), not each of the window's
+    positions by itself. local: E does not read the mean over all positions, and a source that lies on every other
+    position says nothing of those that its windows miss.
+    E: target features x (source features * taps [+ source features]), with taps the window's size, or 2 if pooled.
     """
 
     window: tuple[int, ...]
-    target_axis: int = 1
+    pooled: bool = False
+    local: bool = False
 
     def apply(self, factors: Sequence[Tensor], error: Tensor, target: Tensor) -> Tensor:
         """E e, in the shape and dtype of `target`."""
         (matrix,) = factors
-        placed = self._placed(error.to(matrix.dtype), target)
-        taps = placed.shape[1] * math.prod(self.window)
-        kernel = matrix[:, :taps].unflatten(1, (placed.shape[1], *self._kernel))
-        message = F.conv2d(placed, kernel, padding=self._padding)
-        message = message + F.linear(placed.mean((2, 3)), matrix[:, taps:])[:, :, None, None]
+        error = error.to(matrix.dtype)
+        if error.dim() == 3:
+            error = error.unsqueeze(2)
+        size = target.shape[2:] if target.dim() == 4 else (1, *target.shape[2:])
+        features = error.shape[1]
+        taps = features * taps_of(self.window, self.pooled)
+        if self.pooled:
+            placed = self._placed(error, size)
+            here, around = matrix[:, :taps, None, None].split(features, 1)
+            message = F.conv2d(placed, here) + F.conv2d(self._means(placed), around)
+        else:
+            message = self._convolved(error, matrix[:, :taps].unflatten(1, (features, *self._kernel)), size)
+        if not self.local:
+            message = message + F.linear(self._mean(error, size), matrix[:, taps:])[:, :, None, None]
         return message.reshape(target.shape).to(target.dtype)
 
-    def rows(self, error: Tensor, target: Tensor) -> Tensor:
-        """What E reads for each position of `target`: positions x (source features * window + source features)."""
-        placed = self._placed(error, target)
-        around = F.unfold(placed, self._kernel, padding=self._padding).transpose(1, 2)
-        mean = placed.mean((2, 3)).unsqueeze(1).expand(-1, around.shape[1], -1)
-        return torch.cat([around, mean], -1).flatten(0, 1)
+    def rows(self, error: Tensor, target: Tensor, stride: int = 1) -> Tensor:
+        """What E reads at every `stride`-th position of `target`: positions x columns of E."""
+        if error.dim() == 3:
+            error, target = error.unsqueeze(2), target.unsqueeze(2)
+        placed = self._placed(error, target.shape[2:])
+        high, wide = placed.shape[2:]
+        at = torch.arange(0, len(placed) * high * wide, stride, device=error.device)
+        sample, row, column = at // (high * wide), at // wide % high, at % wide
+        if self.pooled:
+            read = [value.movedim(1, -1)[sample, row, column] for value in (placed, self._means(placed))]
+        else:
+            (up, left), (tall, broad) = self._padding, self._kernel
+            padded = F.pad(placed, (left, left, up, up)).movedim(1, -1)
+            around = [padded[sample, row + i, column + j] for i in range(tall) for j in range(broad)]
+            read = [torch.stack(around, -1).flatten(1)]
+        if not self.local:
+            read.append(self._mean(error, placed.shape[2:])[sample])
+        return torch.cat(read, 1)
 
     @property
     def _kernel(self) -> tuple[int, int]:
@@ -64,33 +89,70 @@ class WindowLayout:
         high, wide = self._kernel
         return high // 2, wide // 2
 
-    def _placed(self, error: Tensor, target: Tensor) -> Tensor:
-        """The error on the target's positions, batch x features x height x width."""
-        if error.dim() == 3:
-            error, target = error.unsqueeze(2), target.unsqueeze(2)
-        size, given = target.shape[2:], error.shape[2:]
-        if size == given:
-            return error
+    def _means(self, placed: Tensor) -> Tensor:
+        """The mean of the window around each position; a depthwise convolution, which is the fastest way on a CPU."""
+        features, size = placed.shape[1], math.prod(self._kernel)
+        kernel = placed.new_full((features, 1, *self._kernel), 1 / size)
+        return F.conv2d(placed, kernel, padding=self._padding, groups=features)
+
+    def _strides(self, given: Sequence[int], size: Sequence[int]) -> tuple[int, int] | None:
+        """By how many of the target's positions the source's lie apart; None where they do not lie on a grid."""
         strides = [1 if n == m else 2 for n, m in zip(given, size, strict=True)]
         covered = all(-(-m // s) == n for n, m, s in zip(given, size, strides, strict=True))
-        if covered and all(k > s for k, s in zip(self._kernel, strides, strict=True) if s > 1):
+        reaches = self.local or all(k > s for k, s in zip(self._kernel, strides, strict=True) if s > 1)
+        return (strides[0], strides[1]) if covered and reaches else None
+
+    def _placed(self, error: Tensor, size: Sequence[int]) -> Tensor:
+        """The error on the target's positions, batch x features x height x width."""
+        given = error.shape[2:]
+        if tuple(size) == tuple(given):
+            return error
+        strides = self._strides(given, size)
+        if strides is not None:
             placed = error.new_zeros(*error.shape[:2], *size)
             placed[:, :, :: strides[0], :: strides[1]] = error
             return placed
         if any(n > m for n, m in zip(given, size, strict=True)):
             return F.adaptive_avg_pool2d(error, (size[0], size[1]))
-        return F.interpolate(error, size=size)
+        return F.interpolate(error, size=tuple(size))
+
+    def _convolved(self, error: Tensor, kernel: Tensor, size: Sequence[int]) -> Tensor:
+        """The convolution of the placed error; a transposed one of the error itself where that lies on a grid."""
+        strides = self._strides(error.shape[2:], size)
+        if strides is None or strides == (1, 1):
+            return F.conv2d(self._placed(error, size), kernel, padding=self._padding)
+        left_over = [
+            m - ((n - 1) * s - 2 * p + k)
+            for m, n, s, p, k in zip(size, error.shape[2:], strides, self._padding, self._kernel, strict=True)
+        ]
+        turned = kernel.flip(2, 3).transpose(0, 1)
+        return F.conv_transpose2d(error, turned, None, strides, self._padding, left_over)
+
+    def _mean(self, error: Tensor, size: Sequence[int]) -> Tensor:
+        """The mean of the placed error over all positions: batch x features."""
+        mean = error.mean((2, 3))
+        if self._strides(error.shape[2:], size) in (None, (1, 1)):
+            return mean
+        return mean * (math.prod(error.shape[2:]) / math.prod(size))
+
+
+def taps_of(window: Sequence[int], pooled: bool) -> int:
+    """How many numbers E reads of each source feature around a position."""
+    return 2 if pooled else math.prod(window)
 
 
 def feedback_map(graph: LocalGraph, connection: Connection) -> Layout | WindowLayout:
     """How a connection's E acts."""
-    return WindowLayout(connection.window) if connection.window else layout(graph, connection)
+    if not connection.window:
+        return layout(graph, connection)
+    return WindowLayout(connection.window, connection.pooled, connection.local)
 
 
 def inputs_read(connection: Connection) -> int:
-    """The columns of a fitted E: source features, times the window's size and one for the mean if it has one."""
-    taps = math.prod(connection.window) + 1 if connection.window else 1
-    return connection.weight[-1] * taps
+    """The columns of a fitted E: source features, times what it reads of each around a position."""
+    if not connection.window:
+        return connection.weight[-1]
+    return connection.weight[-1] * (taps_of(connection.window, connection.pooled) + (not connection.local))
 
 
 def fitted_groups(graph: LocalGraph) -> dict[str, tuple[Connection, ...]]:

@@ -164,7 +164,8 @@ class Connection:
     weight: sizes of the feedback map E, (target features, source features), or with a rank between them where E is
     the product of two factors; () for the other kinds.
     window: sizes of the window of positions that E reads around each of the target's, for maps of positions; () where
-    E acts on features alone. fitted: E is fitted to true gradients on calibration steps.
+    E acts on features alone. fitted: E is fitted to true gradients on calibration steps. pooled: E reads the position
+    and the mean of the window, not each of its positions. local: it reads nothing beyond the window.
     """
 
     source: str
@@ -177,6 +178,8 @@ class Connection:
     weight: tuple[int, ...] = ()
     window: tuple[int, ...] = ()
     fitted: bool = False
+    pooled: bool = False
+    local: bool = False
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from graphlocal.artefact.values import encode_spec
 from graphlocal.compiler import Options, finish, operations, passes
 from graphlocal.errors import FileFormatError, GraphLocalError, InputError
 from graphlocal.feedback import weight_names
+from graphlocal.fitting import fitted_buffers
 from graphlocal.guards import has_guards
 from graphlocal.ir import LocalGraph, Operation
 from graphlocal.pipeline import run
@@ -139,14 +140,16 @@ def _error_weights(artefact: Artefact, device: torch.device) -> nn.Module:
 
 
 def _require_maps(graph: LocalGraph, maps: nn.Module) -> None:
-    """Every connection's E is there in its shape, so that none is drawn."""
+    """Every connection's E is there in its shape, and what fitted ones are made from, so that none is drawn."""
     names = weight_names(graph)
+    wanted = dict(fitted_buffers(graph))
     for connection in graph.connections:
-        shapes = pairwise(connection.weight) if connection.kind == "feedback" else ()
-        for name, shape in zip(names.get(connection.name, ()), shapes, strict=True):
-            found = getattr(maps, name, None)
-            if not isinstance(found, Tensor) or found.shape != shape:
-                raise FileFormatError(f"the file has no feedback map {name!r:.80} of {list(shape)}")
+        if connection.kind == "feedback" and not connection.fitted:
+            wanted |= dict(zip(names[connection.name], pairwise(connection.weight), strict=True))
+    for name, shape in wanted.items():
+        found = getattr(maps, name, None)
+        if not isinstance(found, Tensor) or found.shape != shape:
+            raise FileFormatError(f"the file has no feedback map {name!r:.80} of {list(shape)}")
 
 
 # Comparing.

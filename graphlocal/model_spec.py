@@ -102,7 +102,7 @@ def _tensor(spec: str, match: re.Match[str]) -> torch.Tensor:
 
 
 def parse_partition(text: str) -> str | int | list[str]:
-    """`auto`, `leaf`, a number of segments, or globs between commas."""
+    """`auto`, `blocks`, `leaf`, a number of segments, `2+head`, or globs between commas."""
     if text.isdigit():
         return int(text)
     return text.split(",") if "," in text or "*" in text else text

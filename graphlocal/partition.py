@@ -8,4 +8,5 @@ from graphlocal.runtime import LocalModule
 
 def explain(local: LocalModule) -> str:
     """Why each cut was made: one line for each subgraph of a compiled model."""
-    return _explain(local.graph, local.options.partition)
+    policy = local.options.partition
+    return _explain(local.graph, local.options.rule.preferred_partition(local.graph) if policy == "auto" else policy)

@@ -109,7 +109,18 @@ def _form(graph: LocalGraph, subgraph: Subgraph) -> Any:
     def error(connection: Connection) -> Any:
         known = graph.type(connection.source_value) if connection.source_value else None
         c = connection
-        return c.kind, c.exact, c.weight, c.window, c.fitted, known, number(c.value), c.source == OUTPUT
+        return (
+            c.kind,
+            c.exact,
+            c.weight,
+            c.window,
+            c.fitted,
+            c.pooled,
+            c.local,
+            known,
+            number(c.value),
+            c.source == OUTPUT,
+        )
 
     inputs = tuple(graph.type(value) for value in subgraph.inputs)
     body = tuple(operation(graph.operation[name]) for name in subgraph.operations)

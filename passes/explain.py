@@ -5,12 +5,13 @@ from __future__ import annotations
 from graphlocal.ir import LocalGraph, Subgraph
 from graphlocal.passes.boxes import PRELUDE, TAIL, Labels, complete, is_parametric, module_prefixes
 from graphlocal.passes.module_boxes import module_boxes
-from graphlocal.passes.policies import Policy
+from graphlocal.passes.policies import WITH_HEADS, Policy
 from graphlocal.text import type_label
 
 
 def explain(graph: LocalGraph, policy: Policy) -> str:
     """For each subgraph of a partitioned graph: why it is one, what it took in, and what crosses its border."""
+    policy = "auto" if policy == "blocks" else policy
     reasons: dict[str, str] = {}
     drawn: Labels = {}
     if policy == "auto" or not isinstance(policy, (str, int)):
@@ -37,7 +38,10 @@ def _reason(graph: LocalGraph, subgraph: Subgraph, policy: Policy, reasons: dict
         return "comes after the last parameter"
     if subgraph.regions:
         return f"a part of {subgraph.regions[-1]}, at recursion depth {len(subgraph.regions) + 1}"
-    if isinstance(policy, int):
+    heads = isinstance(policy, str) and WITH_HEADS.fullmatch(policy) is not None
+    if heads and not subgraph.name.startswith("segment"):
+        return "one of the last layers"
+    if heads or isinstance(policy, int):
         share = sum(graph.operation[op].flops for op in subgraph.operations) / max(
             1, sum(o.flops for o in graph.operations)
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 
@@ -32,20 +32,24 @@ FULL = 64
 class Partition:
     """Divide the model into subgraphs.
 
-    policy: "auto" (repeated blocks, else layers), "leaf" (one parametric operation each), an int (that many
-    segments of about equal cost), globs of module paths, or a callable `Operation -> box name or None`.
-    depth: levels of the partition tree; 1 keeps the policy's boxes whole.
+    policy: "auto" (what `preferred` says, else blocks), "blocks" (repeated blocks, else layers), "leaf" (one
+    parametric operation each), an int (that many segments of about equal cost), "2+head" or "3:1+head" (segments of
+    equal cost or of these proportions, and the last layers by themselves), globs of module paths, or a callable
+    `Operation -> box name or None`.
+    depth: levels of the partition tree; 1 keeps the policy's boxes whole. preferred: what "auto" stands for.
     """
 
     policy: Policy = "auto"
     depth: int = 1
+    preferred: Callable[[LocalGraph], str | int] | None = None
     name: str = "partition"
 
     def apply(self, graph: LocalGraph) -> LocalGraph:
         """Raises PartitionError if the policy's boxes are not convex or a glob matches nothing."""
-        strict = not isinstance(self.policy, (str, int))
-        boxes = _without_cycles(graph, graph.operations, labels(graph, self.policy), strict)
-        paths = _refine(graph, graph.operations, boxes, (), self.depth - 1 if self.policy != "leaf" else 0)
+        policy = self.preferred(graph) if self.policy == "auto" and self.preferred else self.policy
+        strict = not isinstance(policy, (str, int))
+        boxes = _without_cycles(graph, graph.operations, labels(graph, policy), strict)
+        paths = _refine(graph, graph.operations, boxes, (), self.depth - 1 if policy != "leaf" else 0)
         return replace(graph, subgraphs=_subgraphs(graph, paths))
 
 

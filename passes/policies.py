@@ -5,7 +5,10 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import itertools
+import re
 from collections.abc import Callable, Sequence
+
+import networkx as nx
 
 from graphlocal.errors import InputError, PartitionError, nearest
 from graphlocal.ir import LocalGraph, Operation
@@ -13,11 +16,13 @@ from graphlocal.passes.articulation import merge_between_articulations
 from graphlocal.passes.boxes import Labels, complete, is_parametric, module_prefixes, readers_of
 from graphlocal.passes.module_boxes import has_stack, module_boxes
 from graphlocal.passes.order import boxes_in_order
+from graphlocal.rules.base import normalizes
 
 Policy = str | int | Sequence[str] | Callable[[Operation], str | None]
 
-POLICIES = ("auto", "leaf")
-_REMEDY = 'use "auto", "leaf", a number of segments, a list of globs of module paths, or a callable'
+POLICIES = ("auto", "blocks", "leaf")
+WITH_HEADS = re.compile(r"(\d+|\d+(?::\d+)+)\+head")
+_REMEDY = 'use "auto", "blocks", "leaf", a number of segments, "3:1+head", globs of module paths, or a callable'
 
 
 def labels(graph: LocalGraph, policy: Policy) -> Labels:
@@ -26,11 +31,14 @@ def labels(graph: LocalGraph, policy: Policy) -> Labels:
     Raises InputError for an unknown policy and PartitionError for a glob without a match.
     """
     operations = graph.operations
-    if policy == "auto":
+    if policy in ("auto", "blocks"):
         boxes = complete(graph, operations, module_boxes(graph, operations), light=False)
         return boxes if has_stack(graph) else merge_between_articulations(graph, boxes)
     if policy == "leaf":
         return complete(graph, operations, {})
+    if isinstance(policy, str) and (segments := WITH_HEADS.fullmatch(policy)):
+        shares = [int(share) for share in segments[1].split(":")]
+        return _segments_and_heads(graph, shares if len(shares) > 1 else [1] * shares[0])
     if isinstance(policy, str):
         raise InputError(f"unknown partition {policy!r}: {nearest(policy, POLICIES)}", remedy=_REMEDY)
     if isinstance(policy, int) and not isinstance(policy, bool):
@@ -76,13 +84,60 @@ def _segments(graph: LocalGraph, count: int) -> Labels:
     for op in graph.operations:
         order.setdefault(leaves[op.name], []).append(op)
     chain = boxes_in_order(graph, leaves)
-    parametric = [box for box in chain if any(is_parametric(graph, op) for op in order[box])]
+    parametric = _parametric(graph, leaves, chain)
     if not 1 <= count <= len(parametric):
         raise PartitionError(
             f"{count} segments are wanted, but {graph.name} has {len(parametric)} operations with parameters",
             remedy=f"pass a number from 1 to {len(parametric)}",
         )
-    cuts = _balanced_cuts(graph, chain, order, leaves, set(parametric), count)
+    return _cut(graph, chain, order, leaves, set(parametric), [1] * count)
+
+
+def _parametric(graph: LocalGraph, boxes: Labels, chain: list[str]) -> list[str]:
+    found = {boxes[op.name] for op in graph.operations if is_parametric(graph, op)}
+    return [box for box in chain if box in found]
+
+
+def _segments_and_heads(graph: LocalGraph, shares: Sequence[int]) -> Labels:
+    """Segments with costs in proportion to `shares`, and each of the model's last layers as a box of its own.
+
+    A last layer has no parameters of another one after it, or is the normalization that such a layer reads. A small
+    model has fewer segments, those of the last shares.
+    """
+    if not shares or min(shares) < 1:
+        raise PartitionError(f"segments of shares {list(shares)} are wanted", remedy='pass "2+head", or "3:1+head"')
+    layers = complete(graph, graph.operations, {}, light=False)
+    order: dict[str, list[Operation]] = {}
+    for op in graph.operations:
+        order.setdefault(layers[op.name], []).append(op)
+    chain = boxes_in_order(graph, layers)
+    parametric = _parametric(graph, layers, chain)
+    dag = nx.DiGraph((layers[a], layers[b]) for a, b in graph.operation_dag.edges)
+    dag.add_nodes_from(chain)
+    followers = {box: nx.descendants(dag, box) - {box} for box in parametric}
+    heads = {box for box in parametric if followers[box].isdisjoint(parametric)}
+    apart = heads.union(*(followers[box] for box in heads))
+    apart |= {box for box in parametric if followers[box] <= apart and _is_normalization(graph, order[box])}
+    below = [box for box in parametric if box not in apart]
+    found = {op.name: layers[op.name] for op in graph.operations if layers[op.name] in apart}
+    if below:
+        chain = [box for box in chain if box not in apart]
+        found |= _cut(graph, chain, order, layers, set(below), shares[-len(below) :])
+    return found if below else layers
+
+
+def _is_normalization(graph: LocalGraph, box: list[Operation]) -> bool:
+    """Whether a box reads one value, normalizes it, and does nothing more but what is elementwise."""
+    inside = [op for op in box if op.type is None or op.type.is_float]
+    made = {op.name for op in box} | {op.name for op in graph.sizes}
+    read = {value for op in inside for value in op.inputs} - made
+    return len(read) == 1 and any(map(normalizes, inside)) and all(normalizes(op) or op.pointwise for op in inside)
+
+
+def _cut(graph: LocalGraph, chain: list[str], order: dict[str, list[Operation]], leaves: Labels,
+         parametric: set[str], shares: Sequence[int]) -> Labels:  # fmt: skip
+    """The boxes of a chain as segments with costs in proportion to `shares`."""
+    cuts = _balanced_cuts(graph, chain, order, leaves, parametric, shares)
     found: Labels = {}
     segment = 1
     for i, box in enumerate(chain):
@@ -92,14 +147,14 @@ def _segments(graph: LocalGraph, count: int) -> Labels:
 
 
 def _balanced_cuts(graph: LocalGraph, chain: list[str], order: dict[str, list[Operation]], leaves: Labels,
-                   parametric: set[str], count: int) -> set[int]:  # fmt: skip
+                   parametric: set[str], shares: Sequence[int]) -> set[int]:  # fmt: skip
     """Positions in the chain before which to cut: near the best balance, then where the fewest values cross."""
     costs = [1 + sum(op.flops for op in order[box]) for box in chain]
     rank = {box: i for i, box in enumerate(chain)}
     last_read = {
-        source: max(rank[leaves[reader]] for reader in readers)
+        source: max(rank.get(leaves[reader], len(chain)) for reader in readers)
         for source, readers in readers_of(graph.operations).items()
-        if source in leaves
+        if leaves.get(source) in rank
     }
     crossing = [0] * (len(chain) + 1)
     for source, last in last_read.items():
@@ -108,12 +163,27 @@ def _balanced_cuts(graph: LocalGraph, chain: list[str], order: dict[str, list[Op
     done = [0, *itertools.accumulate(costs)]
     first = next(i for i, box in enumerate(chain) if box in parametric)
     allowed = [i for i, box in enumerate(chain) if i > first and box in parametric]
-    limit = (1 + _SLACK) * _least_maximum(done, allowed, count)
-    return _fewest_crossings(done, allowed, crossing, count, limit)
+    limit = (1 + _SLACK) * _least_maximum(done, allowed, shares)
+    return _fewest_crossings(done, allowed, crossing, shares, limit)
 
 
-def _least_maximum(done: list[int], allowed: list[int], count: int) -> int:
-    """The cost of the costliest segment in the best cut of a chain into `count`; done: cumulated costs."""
+def _least_maximum(done: list[int], allowed: list[int], shares: Sequence[int]) -> float:
+    """The largest cost of a segment for each unit of its share, in the best cut of a chain; done: cumulated costs."""
+    if len(set(shares)) == 1:
+        return _least_equal(done, allowed, len(shares)) / shares[0]
+    ways: dict[int, float] = {0: 0}
+    for k, share in enumerate(shares, 1):
+        ends = allowed if k < len(shares) else [len(done) - 1]
+        ways = {
+            end: min(max(worst, (done[end] - done[start]) / share) for start, worst in ways.items() if start < end)
+            for end in ends
+            if end > min(ways)
+        }
+    return min(ways.values())
+
+
+def _least_equal(done: list[int], allowed: list[int], count: int) -> int:
+    """The cost of the costliest of `count` segments in the best cut."""
     ends = [*allowed, len(done) - 1]
 
     def possible(limit: int) -> bool:
@@ -131,20 +201,22 @@ def _least_maximum(done: list[int], allowed: list[int], count: int) -> int:
     return bisect.bisect_left(range(done[-1]), True, key=possible)
 
 
-def _fewest_crossings(done: list[int], allowed: list[int], crossing: list[int], count: int, limit: float) -> set[int]:
-    """The cuts that the fewest values cross, then the most equal ones, with no segment's cost above the limit."""
-    ways: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
-    for k in range(1, count + 1):
+def _fewest_crossings(
+    done: list[int], allowed: list[int], crossing: list[int], shares: Sequence[int], limit: float
+) -> set[int]:
+    """The cuts that the fewest values cross, then the most equal ones, with no segment's cost above limit * share."""
+    ways: dict[int, tuple[int, float, tuple[int, ...]]] = {0: (0, 0, ())}
+    for k, share in enumerate(shares, 1):
         found = {}
         starts = sorted(ways)
-        for end in allowed if k < count else [len(done) - 1]:
+        for end in allowed if k < len(shares) else [len(done) - 1]:
             options = []
             for start in reversed(starts[: bisect.bisect_left(starts, end)]):
                 cost = done[end] - done[start]
-                if cost > limit:
+                if cost > limit * share:
                     break
                 crossed, spread, cuts = ways[start]
-                options.append((crossed + crossing[end], spread + cost**2, (*cuts, end)))
+                options.append((crossed + crossing[end], spread + cost**2 / share, (*cuts, end)))
             if options:
                 found[end] = min(options)
         ways = found

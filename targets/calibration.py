@@ -50,7 +50,7 @@ class Fit(nn.Module):
             parts = [
                 wanted.new_zeros(len(wanted), 1).expand(-1, weight.shape[1])[::stride]
                 if error is None
-                else map_.rows(error, gradient)[::stride]
+                else map_.rows(error, gradient, stride)
                 for map_, error, weight in zip(self.maps, errors, weights, strict=True)
                 if weight is not None
             ]

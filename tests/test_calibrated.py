@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_two_calibrations_and_a_step_equal_the_transcription(wiring, fused):
     rule = Calibrated(every=2, wiring=wiring, forgetting=0.7, ridge=0.01)
     model = perceptron()
     data = [(torch.randn(9, 6, dtype=DOUBLE), torch.randint(4, (9,))) for _ in range(4)]
-    local = graphlocal.compile(model, example_inputs=(data[0][0],), rule=rule)
+    local = graphlocal.compile(model, example_inputs=(data[0][0],), rule=rule, partition="blocks")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     fused_step = graphlocal.train_step(local, F.cross_entropy, optimizer)
     x: dict[int, list[Tensor]] = {0: [], 1: []}
@@ -150,15 +151,16 @@ def test_the_same_on_the_rest_of_the_zoo(model):
     check_both_kinds_of_steps(model)
 
 
-def test_no_derivative_crosses_a_boundary_but_the_output_s():
-    graph = made("small_resnet").graph
+@pytest.mark.parametrize("partition", ["auto", "blocks", "3+head"])
+def test_no_derivative_crosses_a_boundary_but_the_output_s(partition):
+    graph = made("small_resnet", partition=partition).graph
     vjp = [c for c in graph.connections if c.kind == "vjp"]
     head = graph.owner[graph.outputs[0]]
     assert vjp
     assert {c.source for c in vjp} == {head}
     fitted = [c for c in graph.connections if c.kind == "feedback"]
     assert fitted
-    assert all(c.fitted for c in fitted)
+    assert all(c.fitted and c.pooled for c in fitted)
     assert {c.window for c in fitted} == {(3, 3)}
     assert parse(to_text(graph)) == graph
 
@@ -174,7 +176,8 @@ class Transposed(nn.Module):
 
 
 def test_the_error_of_the_last_representation_is_exact_also_below_a_head_that_ends_in_other_operations():
-    graph = graphlocal.compile(Transposed(), example_inputs=(torch.randn(3, 4, 6),), rule="auto").graph
+    x = torch.randn(3, 4, 6)
+    graph = graphlocal.compile(Transposed(), example_inputs=(x,), rule="auto", partition="blocks").graph
     kinds = [(c.source.split(".")[0], c.target, c.kind) for c in graph.connections if c.kind != "loss"]
     assert ("head", "second", "vjp") in kinds
     assert {(source, target) for source, target, kind in kinds if kind == "feedback"} == {("second", "first")}
@@ -204,18 +207,20 @@ class Strided(nn.Module):
         return z
 
 
-@pytest.mark.parametrize("layer", [
-    nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, stride=2, padding=1),
-    nn.Conv2d(3, 4, 3, stride=(1, 2), padding=1), nn.Conv2d(3, 4, 1, stride=2),
+@pytest.mark.parametrize(("layer", "window"), [
+    (nn.Conv2d(3, 4, 3, padding=1, bias=False), 3), (nn.Conv2d(3, 4, 1), 1),
+    (nn.Conv2d(3, 4, 3, stride=2, padding=1), 3), (nn.Conv2d(3, 4, 3, stride=(1, 2), padding=1), 3),
+    (nn.Conv2d(3, 4, 1, stride=2), 1),
 ], ids=str)  # fmt: skip
-def test_a_convolution_s_gradient_is_recovered(layer):
+def test_a_convolution_s_gradient_is_recovered(layer, window):
     """Its gradient is a convolution of its error (transposed where it strides), so nothing is lost in the fit."""
     torch.manual_seed(0)
     x, y = torch.randn(64, 2, 8, 8, dtype=DOUBLE), torch.randint(5, (64,))
     model = Strided(layer, 8).double()
     model(x)
-    local = graphlocal.compile(model, example_inputs=(x,), rule=Calibrated(ridge=1e-12), partition="leaf")
-    assert [c.window for c in local.graph.connections if c.fitted] == [(3, 3)]
+    rule = Calibrated(ridge=1e-12)
+    local = graphlocal.compile(model, example_inputs=(x,), rule=rule, partition="leaf")
+    assert [(c.window, c.local) for c in local.graph.connections if c.fitted] == [((window, window), True)]
     F.cross_entropy(local(x), y).backward()
     assert graphlocal.alignment(local, x, lambda out: F.cross_entropy(out, y)).overall < 0.01
 
@@ -223,14 +228,46 @@ def test_a_convolution_s_gradient_is_recovered(layer):
 @pytest.mark.parametrize(
     ("source", "target"), [((5, 7), (5, 7)), ((3, 4), (5, 7)), ((2, 2), (8, 9)), ((6, 6), (3, 2)), ((7,), (13,))]
 )
-@pytest.mark.parametrize("window", [1, 3])
-def test_what_a_window_map_sends_is_its_rows_times_e(source, target, window):
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize(("window", "pooled"), [(1, False), (3, False), (3, True)])
+def test_what_a_window_map_sends_is_its_rows_times_e(source, target, window, pooled, local):
     error, z = torch.randn(2, 3, *source, dtype=DOUBLE), torch.randn(2, 4, *target, dtype=DOUBLE)
-    layout = WindowLayout((window,) * len(source))
+    layout = WindowLayout((window,) * len(source), pooled, local)
     rows = layout.rows(error, z)
+    assert torch.equal(layout.rows(error, z, stride=3), rows[::3])
     matrix = torch.randn(4, rows.shape[1], dtype=DOUBLE)
     expected = (rows @ matrix.T).view(2, -1, 4).transpose(1, 2).reshape(z.shape)
     torch.testing.assert_close(layout.apply([matrix], error, z), expected)
+
+
+def test_a_pooled_map_reads_positions_and_the_means_around_them():
+    """Written out position by position."""
+    torch.manual_seed(0)
+    error, z = torch.randn(2, 3, 4, 5, dtype=DOUBLE), torch.zeros(2, 6, 4, 5, dtype=DOUBLE)
+    here, around, everywhere = (torch.randn(6, 3, dtype=DOUBLE) for _ in range(3))
+    expected = torch.zeros_like(z)
+    for n, i, j in itertools.product(range(2), range(4), range(5)):
+        window = error[n, :, max(0, i - 1) : i + 2, max(0, j - 1) : j + 2]
+        expected[n, :, i, j] = (
+            here @ error[n, :, i, j] + around @ window.sum((1, 2)) / 9 + everywhere @ error[n].mean((1, 2))
+        )
+    matrix = torch.cat([here, around, everywhere], 1)
+    torch.testing.assert_close(WindowLayout((3, 3), pooled=True).apply([matrix], error, z), expected)
+
+
+@pytest.mark.parametrize(("segments", "upper"), [((3, 1), ["4.bn2"]), ((1, 1), ["4.bn1", "4.bn2"])])
+def test_by_default_segments_of_given_proportions_lie_below_the_last_layer(segments, upper):
+    graph = made("small_resnet", Calibrated(segments=segments)).graph
+    assert [s.name for s in graph.subgraphs] == ["segment1", "segment2", "7"]
+    assert {c.source for c in graph.connections if c.fitted} == {"segment2"}
+    norms = {state.rpartition(".")[0] for state in graph.trainable(graph.subgraph["segment2"]) if "bn" in state}
+    assert norms == set(upper)
+
+
+def test_without_segments_it_is_the_blocks():
+    for rule in (Calibrated(segments=()), Calibrated(wiring="skip")):
+        names = [s.name for s in made("small_resnet", rule).graph.subgraphs]
+        assert names == [s.name for s in made("small_resnet", rule, partition="blocks").graph.subgraphs]
 
 
 # State
@@ -260,6 +297,20 @@ def test_a_run_that_is_saved_and_loaded_goes_on_as_if_it_had_not_stopped():
     for name, value in whole.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     assert int(whole.error_weights.calibration_steps) == 9
+
+
+def test_maps_of_windows_go_into_a_file_and_come_back(tmp_path):
+    model = zoo.MODELS["small_resnet"]
+    local = made("small_resnet", Calibrated(every=3, segments=(2, 1)))
+    model.loss(zoo.call(local, model.example(DOUBLE))).backward()
+    local.save(tmp_path / "m.local")
+    loaded = graphlocal.load(tmp_path / "m.local")
+    assert (loaded.graph, loaded.options.rule) == (local.graph, local.options.rule)
+    for each in (local, loaded):
+        each.original.zero_grad()
+        model.loss(zoo.call(each, model.example(DOUBLE))).backward()
+    found = dict(loaded.original.named_parameters())
+    assert all(torch.equal(p.grad, found[name].grad) for name, p in local.original.named_parameters())
 
 
 def test_calibrations_come_every_n_steps_and_can_be_forced():
@@ -321,7 +372,8 @@ def test_rows_are_thinned_evenly_over_positions():
 
 
 @pytest.mark.parametrize(
-    "options", [{"every": 0}, {"wiring": "ring"}, {"window": 2}, {"forgetting": 1.0}, {"ridge": 0}, {"rows": 0.5}],
+    "options", [{"every": 0}, {"wiring": "ring"}, {"window": 2}, {"forgetting": 1.0}, {"ridge": 0}, {"rows": 0.5},
+                {"segments": 2}, {"segments": (1, 0)}],
     ids=str,
 )  # fmt: skip
 def test_options_out_of_range_are_refused(options):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import graphlocal
 import zoo
 from graphlocal.arguments import Binder
+from graphlocal.errors import PartitionError
 from graphlocal.ir import Input, LocalGraph, Operation, State, Subgraph, TensorType
 from graphlocal.lift import lift
 from graphlocal.partition import explain
@@ -283,6 +284,49 @@ def test_segments_are_balanced_as_well_as_any_split_could_be(costs, count):
 def test_segments_of_any_chain_are_within_a_quarter_of_the_best_split(count):
     for costs in product((100, 200, 400), repeat=6):
         assert largest(Partition(count).apply(chain(list(costs)))) <= 1.25 * best_split(list(costs), count), costs
+
+
+@pytest.mark.parametrize("shares", [(3, 1), (1, 3), (1, 1), (2, 1, 1)])
+def test_segments_below_the_head_have_costs_near_the_given_proportions(shares):
+    """The largest cost for each unit of its share, against all splits of all but the last layer."""
+    for costs in product((100, 200, 400), repeat=5):
+        graph = Partition(f"{':'.join(map(str, shares))}+head").apply(chain([*costs, 100]))
+        assert names(graph) == [*(f"segment{i + 1}" for i in range(len(shares))), "m5"]
+        found = [sum(graph.operation[name].flops + 1 for name in s.operations) for s in graph.subgraphs[:-1]]
+        best = min(
+            max(sum(costs[a:b]) / share for a, b, share in zip((0, *cut), (*cut, 5), shares, strict=True))
+            for cut in combinations(range(1, 5), len(shares) - 1)
+        )
+        assert max(cost / share for cost, share in zip(found, shares, strict=True)) <= 1.28 * best, costs
+
+
+def test_a_small_model_has_fewer_segments_below_its_last_layers():
+    assert names(Partition("3:1+head").apply(chain([100, 100]))) == ["segment1", "m1"]
+    assert names(Partition("3:1+head").apply(chain([100]))) == ["m0"]
+    several = partitioned("several_inputs_outputs", "2+head")
+    assert names(several)[:2] == ["segment1", "segment2"]
+    heads = [s for s in several.subgraphs if set(several.outputs) & {o.value for o in s.outputs}]
+    assert not any(s.name.startswith("segment") for s in heads)
+
+
+def test_segments_and_last_layers_are_explained():
+    model = zoo.MODELS["vit"]
+    local = graphlocal.compile(model.make(), example_inputs=model.example(), rule="auto")
+    lines = dict(line.split(maxsplit=1) for line in explain(local).splitlines())
+    assert re.match(r"segment with \d+% of the cost", lines["segment1"])
+    assert lines["head"].startswith("one of the last layers")
+
+
+def test_the_normalization_before_the_last_layer_is_one_of_the_last_layers():
+    """Its error is exact then; but a norm with an addition, as in a residual block, is part of the block."""
+    assert names(partitioned("vit", "2+head"))[-2:] == ["norm", "head"]
+    assert names(partitioned("small_resnet", "2+head")) == ["segment1", "segment2", "7"]
+
+
+@pytest.mark.parametrize("policy", ["0+head", "3:0+head"])
+def test_segments_of_no_size_are_refused(policy):
+    with pytest.raises(PartitionError, match="are wanted"):
+        Partition(policy).apply(chain([100, 100, 100]))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

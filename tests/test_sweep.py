@@ -65,8 +65,10 @@ def test_a_convolution_s_map_costs_its_window():
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(),
                           nn.Flatten(), nn.Linear(4 * 25, 5))  # fmt: skip
     x = torch.randn(BATCH, 2, 5, 5)
-    graph = graphlocal.compile(model, example_inputs=(x,), rule="auto", partition="leaf").graph
-    assert action_flops(graph, BATCH)["D", 1] == 2 * BATCH * 25 * 3 * (4 * 10)
+    for most, taps in ((1280, 9), (4 * 9 - 1, 2)):
+        rule = Calibrated(max_inputs=most)
+        graph = graphlocal.compile(model, example_inputs=(x,), rule=rule, partition="leaf").graph
+        assert action_flops(graph, BATCH)["D", 1] == 2 * BATCH * 25 * 3 * (4 * taps)
 
 
 def test_relative_costs_count_calibrations():

@@ -135,9 +135,11 @@ def _read_rule(doc: Doc, given: Rule | None) -> Rule:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type: a plain one, a Literal, or a union of those."""
+    """Whether a value is of an annotated type: a plain one, a Literal, `tuple[X, ...]`, or a union."""
     if get_origin(hint) is Literal:
         return any(type(value) is type(x) and value == x for x in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return type(value) is tuple and all(_fits(part, get_args(hint)[0]) for part in value)
     return type(value) is hint or (hint is float and type(value) is int)

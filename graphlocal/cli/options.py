@@ -25,7 +25,7 @@ Inputs = Annotated[list[str], typer.Option(
 Settings = Annotated[list[str], typer.Option("--set", help="An argument of the callable, key=value; repeat.")]
 RuleName = Annotated[str, typer.Option("--rule", help="The learning rule: rec-lra or backprop.")]
 PartitionText = Annotated[
-    str, typer.Option("--partition", help="auto, leaf, a number of segments, or globs between commas.")
+    str, typer.Option("--partition", help="auto, blocks, leaf, a number of segments, 2+head, or globs between commas.")
 ]
 Depth = Annotated[int, typer.Option(min=1, help="Recursion depth of rec-lra.")]
 

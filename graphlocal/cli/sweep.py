@@ -22,7 +22,9 @@ def sweep(
     data_dir: Annotated[Path | None, typer.Option(help="Where mnist and fashion-mnist lie.")] = None,
     set: Settings = [],  # noqa: B006
     rules: Annotated[str, typer.Option(help="Rules, between commas.")] = "backprop,auto,rec-lra",
-    partitions: Annotated[str, typer.Option(help="auto, leaf or numbers of segments, between commas.")] = "2,auto,leaf",
+    partitions: Annotated[
+        str, typer.Option(help="auto, blocks, leaf, 2+head or numbers of segments, between commas.")
+    ] = "2,auto,leaf",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 3,
     samples: Annotated[int | None, typer.Option(min=2, help="Train on the first so many samples only.")] = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Samples a step.")] = 32,

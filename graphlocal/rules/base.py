@@ -158,6 +158,10 @@ class Rule(ABC):
         """For rules that draw `fitted` connections: when the model learns by backpropagation, and E is fitted."""
         return None
 
+    def preferred_partition(self, graph: LocalGraph) -> str | int:
+        """What the partition "auto" stands for with this rule: a policy, or a number of segments."""
+        return "auto"
+
     @abstractmethod
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         """The connections of the error graph, given subgraphs and error neurons."""

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import networkx as nx
 
 from graphlocal.errors import InputError
-from graphlocal.ir import Connection, LocalGraph, Operation
+from graphlocal.ir import Connection, LocalGraph, Operation, Subgraph
 from graphlocal.rules.base import Calibration, Rule, features, loss_connections, normalizes, vjp_connections
 from graphlocal.rules.wiring import feedback_connection, values_from_parameters
 from graphlocal.verify import learning_values
@@ -23,19 +23,33 @@ class Calibrated(Rule):
     Every `every`-th training step is one of backpropagation on the same subgraphs. Its true gradients are that step's
     update, and each E is refitted to them by ridge regression (`graphlocal.fitting`), so that E is the best linear
     prediction of the gradient at v from the errors of its sources. In all other steps no vector-Jacobian product
-    crosses a subgraph's boundary, but for those that hand the error of the output to what the last subgraphs read.
+    crosses a subgraph's boundary, but for those that hand the error of the output to what the last layers read.
+
+    segments: what `partition="auto"` stands for: segments whose costs have these proportions, from the input up, and
+    the model's last layers by themselves (`partition="3:1+head"`). A map that stands for a quarter of the model is far
+    better than one for half of it, and much better than a chain of maps, in which errors add up: so (3, 1) is the most
+    exact, and (1, 1) and then repeated blocks (`partition="blocks"`, also what () and wiring="skip" stand for) update
+    more at one time.
 
     wiring: `"chain"` takes each error from the subgraphs that read the value: one cheap map after another, after which
-    all block updates are independent. `"skip"` takes it from the last representations at once: more parallel, less
-    exact on convolutions. Between convolutional maps E is a convolution with a 3 x 3 window (strides and poolings
-    are bridged), else a linear map on features, the same for all positions. max_inputs: a window is left out (1 x 1)
-    where E would read more values than this for each position. forgetting, ridge, rows: of the regression; rows
-    bounds how many positions a step takes into it.
+    all updates are independent. `"skip"` takes it from the last representations at once: more parallel, less exact on
+    convolutions.
+
+    Between maps of positions E is a convolution (strides and poolings are bridged), else a linear map on features, the
+    same for all positions. window: its size; a single convolution's own, if that is smaller. pooled: E reads of each
+    window the position and the mean, (E e)(p) = A e(p) + B mean_{q in window(p)} e(q) + C mean_q e(q), so that it costs
+    two products of features instead of window^2, and fits from fewer rows; None: but for the maps that stand for a
+    single convolution, which have no C and lose by it. max_inputs: E is pooled in any case where it would read more
+    values than this for each position.
+
+    forgetting, ridge, rows: of the regression; rows bounds how many positions a step takes into it.
+
+    A number of segments as partition puts the last layer into the last segment, whose whole derivative then hands the
+    error of the output down: with `partition=2` the rule is backpropagation.
 
     A subgraph that does nothing but normalize (`partition="leaf"` makes such) hands its error down by its own
     derivative: that takes the mean and the part along the output out of an error, which no linear map can, and one
-    such map through a BatchNorm is 60 degrees off. Cut between blocks all the same where you can: the chain of maps
-    between leaves is longer than backpropagation's.
+    such map through a BatchNorm is 60 degrees off.
 
     Each value keeps the second moments of what its maps read, (inputs x inputs) numbers. E starts at zero and is
     fitted in the first step. Raises InputError for options out of range.
@@ -46,9 +60,11 @@ class Calibrated(Rule):
     wiring: Literal["chain", "skip"] = "chain"
     window: int = 3
     max_inputs: int = 1280
-    forgetting: float = 0.9
+    forgetting: float = 0.8
     ridge: float = 1e-3
-    rows: int = 8192
+    rows: int = 2048
+    pooled: bool | None = None
+    segments: tuple[int, ...] = (3, 1)
 
     def __post_init__(self) -> None:
         if self.wiring not in ("chain", "skip"):
@@ -57,6 +73,11 @@ class Calibrated(Rule):
             value = getattr(self, option)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"Calibrated({option}={value!r})", why="it is a count, 1 or more")
+        shares = self.segments if isinstance(self.segments, tuple) else (0,)
+        if not all(isinstance(share, int) and share > 0 for share in shares):
+            raise InputError(
+                f"Calibrated(segments={self.segments!r})", remedy="pass proportions, such as (3, 1), or ()"
+            )
         if self.window % 2 == 0:
             raise InputError(f"Calibrated(window={self.window})", why="a window has a middle", remedy="use an odd size")
         if not (0 <= self.forgetting < 1 and self.ridge > 0):
@@ -72,6 +93,12 @@ class Calibrated(Rule):
     @property
     def calibration(self) -> Calibration:
         return Calibration(self.every, self.forgetting, self.ridge, self.rows)
+
+    def preferred_partition(self, graph: LocalGraph) -> str | int:
+        shares = self.segments if self.wiring == "chain" else ()
+        return (
+            f"{':'.join(map(str, shares))}+head" if len(shares) > 1 else f"{len(shares)}+head" if shares else "blocks"
+        )
 
     def connect(self, graph: LocalGraph) -> tuple[Connection, ...]:
         exact, senders = _output_error(graph)
@@ -101,18 +128,25 @@ class Calibrated(Rule):
         if not fixed or _only_normalizes(graph, source, value):
             return [c for c in vjp_connections(graph, source) if (c.target, c.value) == (target, value)]
         drawn = [feedback_connection(graph, source, v, target, value, depth=1) for v in sources]
-        return [replace(c, fitted=True, window=self._window(graph, c)) for c in drawn]
+        return [self._with_window(graph, replace(c, fitted=True)) for c in drawn]
 
-    def _window(self, graph: LocalGraph, connection: Connection) -> tuple[int, ...]:
-        ranks = set()
+    def _with_window(self, graph: LocalGraph, connection: Connection) -> Connection:
+        """The connection with the window that its map reads, if both ends are maps of positions."""
+        shapes = []
         for value in (connection.source_value, connection.value):
             known = graph.type(value)
             assert known is not None
-            ranks.add(len(known.shape) if graph.representation[value].axis == 1 else 0)
-        if ranks not in ({3}, {4}):
-            return ()
-        window = (self.window,) * (ranks.pop() - 2)
-        return window if connection.weight[-1] * math.prod(window) <= self.max_inputs else (1,) * len(window)
+            shapes.append(known.shape if graph.representation[value].axis == 1 else ())
+        if {len(shape) for shape in shapes} not in ({3}, {4}):
+            return connection
+        window = (self.window,) * (len(shapes[0]) - 2)
+        reach = _reach(graph, graph.subgraph[connection.source], len(window))
+        local = reach is not None and max(reach) <= self.window
+        if local and reach is not None:
+            window = reach
+        many = connection.weight[-1] * math.prod(window) > self.max_inputs
+        pooled = math.prod(window) > 1 and (many or (not local if self.pooled is None else self.pooled))
+        return replace(connection, window=window, pooled=pooled, local=local)
 
 
 def _output_error(graph: LocalGraph) -> tuple[list[Connection], set[str]]:
@@ -155,6 +189,21 @@ def _counts(op: Operation) -> bool:
 
 
 _ADDS = re.compile(r"aten\.(add|dropout|feature_dropout)\b")
+_CONVOLVES = re.compile(r"aten\.(conv\dd|convolution)\b")
+
+
+def _reach(graph: LocalGraph, subgraph: Subgraph, axes: int) -> tuple[int, ...] | None:
+    """The window of one convolution, whose sizes are odd; None for a subgraph that does anything more to positions."""
+    operations = [graph.operation[name] for name in subgraph.operations if not _counts(graph.operation[name])]
+    convolutions = [op for op in operations if _CONVOLVES.match(op.target)]
+    if len(convolutions) != 1 or not all(
+        op in convolutions or op.pointwise or _ADDS.match(op.target) for op in operations
+    ):
+        return None
+    kernels = [graph.state[name].type.shape[2:] for name in convolutions[0].states]
+    (kernel,) = [kernel for kernel in kernels if len(kernel) == axes] or [()]
+    sizes = tuple(size for size in kernel if isinstance(size, int) and size % 2)
+    return sizes if len(sizes) == axes else None
 
 
 def _above(graph: LocalGraph, sources: list[str], name: str) -> list[str]:

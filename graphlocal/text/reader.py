@@ -312,8 +312,8 @@ def _connection(line: _Line, kind: ConnectionKind) -> Connection:
     depth = line.integer("the recursion depth") if line.take("depth") else 0
     weight = _bracketed(line, "a size of the feedback map") if line.take("weight") else ()
     window = _bracketed(line, "a size of the window") if line.take("window") else ()
-    fitted = line.take("fitted")
-    return Connection(source, target, value, kind, exact, depth, source_value, weight, window, fitted)
+    pooled, local, fitted = (line.take(word) for word in ("pooled", "local", "fitted"))
+    return Connection(source, target, value, kind, exact, depth, source_value, weight, window, fitted, pooled, local)
 
 
 def _bracketed(line: _Line, expected: str) -> tuple[int, ...]:

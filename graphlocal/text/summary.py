@@ -62,6 +62,7 @@ def connection_label(connection: Connection) -> str:
 def _connection_cells(connection: Connection) -> tuple[str, str]:
     shape = "x".join(map(str, connection.weight))
     window = " of " + "x".join(map(str, connection.window)) if connection.window else ""
+    window = f"{window} pooled" if connection.pooled else window
     fitted = "fitted " if connection.fitted else ""
     notes = [f"{fitted}{connection.kind} E {shape}{window}" if connection.weight else connection.kind]
     notes += [f"of {connection.source_value}"] if connection.source_value else []

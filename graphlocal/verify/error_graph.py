@@ -142,7 +142,7 @@ def _kind_problem(graph: LocalGraph, connection: Connection) -> str | None:
         return "a feedback map is never exact" if connection.exact else None
     if connection.kind == "head" and not connection.exact:
         return "the error from a local head is exact"
-    if connection.source_value or connection.weight or connection.window or connection.fitted:
+    if any((connection.source_value, connection.weight, connection.window, connection.fitted, connection.pooled)):
         return f"a {connection.kind} connection has neither a source value nor a feedback map"
     if connection.kind == "loss" and connection.value not in graph.outputs:
         return f"the model does not return {connection.value!r}"
