@@ -111,7 +111,7 @@ def depth_by_epoch(load: Load, seed: int) -> dict[str, float]:
     data = load("fashion-mnist")
     torch.manual_seed(seed)
     start = network((784, *[128] * 8, 10), nn.Tanh, 0.025)
-    local, inner = compiled(start, LRAFeedback(c1=None, epsilon=DEPTH_EPSILON), data, 0.01, torch.optim.SGD)
+    local, inner = compiled(start, LRAFeedback(epsilon=DEPTH_EPSILON), data, 0.01, torch.optim.SGD)
     assert isinstance(local, graphlocal.LocalModule)
     depths: list[float] = []
 
@@ -219,9 +219,10 @@ def _glorot(model: nn.Module) -> None:
 
 DEEP = (784, *[128] * 8, 10)
 SGD = {"optimizer": torch.optim.SGD, "batch": 50}
-TANH = LRAFeedback(c1=None)
-SIGMOID = LRAFeedback(sigma=1.0, c1=None, c2=5.0, reduction="sum")
-DEEP_TANH = MLP(DEEP, nn.Tanh, (("lra-fdbk", TANH), ("backprop", None)), 0.01, torch.optim.SGD, 50, sigma=0.025)
+SIGMOID = LRAFeedback(sigma=1.0, c1=None, c2=5.0, reduction="sum", rescale=None)
+"""The paper's rule, with the bounds and the E that sigmoids need under it."""
+DEEP_RULES = (("lra-fdbk", LRAFeedback()), ("the paper's normalization", LRAFeedback(c1=None, rescale=None)))
+DEEP_TANH = MLP(DEEP, nn.Tanh, (*DEEP_RULES, ("backprop", None)), 0.01, torch.optim.SGD, 50, sigma=0.025)
 DEEP_SIGMOID = MLP(DEEP, nn.Sigmoid, (("lra-fdbk", SIGMOID),), 0.003, torch.optim.SGD, 50, sigma=0.025, reduction="sum")
 THREE = (784, 256, 256, 256, 10)
 BARS = (
@@ -230,7 +231,7 @@ BARS = (
     Bar("lra-fdbk, sigmoid", "8x128, weights N(0, 0.025), SGD 0.003, loss summed over batches of 50, 3 epochs",
         DEEP_SIGMOID, (Limit("lra-fdbk", most=22),)),
     Bar("lra-fdbk, tanh, zero start", "as above, all weights 0", replace(DEEP_TANH, zero=True,
-        rules=DEEP_TANH.rules[:1]), (Limit("lra-fdbk", most=20),)),
+        rules=DEEP_RULES), (Limit("lra-fdbk", most=20),)),
     Bar("lra-fdbk, sigmoid, zero start", "as above, all weights 0", replace(DEEP_SIGMOID, zero=True),
         (Limit("lra-fdbk", most=22),)),
     Bar("rec-lra, E learned, with phi'", "3x256 tanh, Adam 2e-4, batch 32, 3 epochs",

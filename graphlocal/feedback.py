@@ -1,7 +1,9 @@
 """Feedback maps: how an error of one shape becomes a displacement of another.
 
 The map E acts on features. Axes that both values have (the batch, and positions such as tokens where both
-have them) are kept; the source's other positions are summed, and the target's others share one displacement. Where E
+have them) are kept; between maps of unlike sizes (14 x 14 and 7 x 7, as convolutions with strides make) each position
+goes to the one at the same place, relative to the size: errors that meet there are summed, those of fewer positions are
+repeated. The source's other positions are summed, and the target's others share one displacement. Where E
 is *whole* at an end, it has a number for each feature and each of these other positions instead.
 """
 
@@ -14,6 +16,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from graphlocal.ir import Connection, Dim, LocalGraph
 
@@ -22,7 +25,8 @@ from graphlocal.ir import Connection, Dim, LocalGraph
 class Layout:
     """The shapes of one connection's ends. axis: the feature axis, equal to the rank if it is implied.
 
-    shared: pairs (source axis, target axis) of positions that both ends have, in order. whole_source: E reads every
+    shared: pairs (source axis, target axis) of positions that both ends have, in order. resized: (axis, source size,
+    target size) of those whose sizes differ. whole_source: E reads every
     position of the source by itself. whole_target: the sizes of the target's own positions, if E writes each by itself.
     """
 
@@ -33,6 +37,7 @@ class Layout:
     shared: tuple[tuple[int, int], ...]
     whole_source: bool = False
     whole_target: tuple[int, ...] = ()
+    resized: tuple[tuple[int, int, int], ...] = ()
 
     def apply(self, factors: Sequence[Tensor], error: Tensor, target: Tensor) -> Tensor:
         """E e, laid out like `target` (its shape and dtype).
@@ -42,7 +47,7 @@ class Layout:
         """
         message = self._gathered(error.to(factors[0].dtype))
         for factor in reversed(factors):
-            message = torch.nn.functional.linear(message, factor)
+            message = F.linear(message, factor)
         if self.whole_target:
             return self._placed(message).to(target.dtype)
         implied = self.target_axis == self.target_rank
@@ -65,6 +70,8 @@ class Layout:
 
     def _gathered(self, error: Tensor) -> Tensor:
         """The error with its features last, summed over the positions that the target does not have."""
+        for axis, before, after in self.resized:
+            error = F.linear(error.movedim(axis, -1), _same_place(before, after, error)).movedim(-1, axis)
         if self.source_axis == self.source_rank:
             error = error.unsqueeze(-1)
         if self.source_axis < self.source_rank - 1:
@@ -102,6 +109,13 @@ class Layout:
         return rank + (axis == rank)
 
 
+def _same_place(before: int, after: int, like: Tensor) -> Tensor:
+    """after x before, 1 where a position of one grid lies at that of the other."""
+    old, new = torch.arange(before, device=like.device), torch.arange(after, device=like.device).unsqueeze(1)
+    pairs = old * after // before == new if before > after else new * before // after == old
+    return pairs.to(like.dtype)
+
+
 def target_rows(value: Tensor, axis: int, flat: bool = True) -> Tensor:
     """A value with its feature axis last; `flat`: positions x features."""
     rows = value.unsqueeze(-1) if axis == value.dim() else value.movedim(axis, -1)
@@ -129,7 +143,29 @@ def layout(graph: LocalGraph, connection: Connection) -> Layout:
     if connection.weight[0] == _size(target.shape, target_axis) * math.prod(own_target) and math.prod(own_target) > 1:
         found = replace(found, whole_target=own_target)
     whole = connection.weight[-1] == _size(source.shape, source_axis) * math.prod(own_source)
-    return replace(found, whole_source=whole and math.prod(own_source) > 1)
+    found = replace(found, whole_source=whole and math.prod(own_source) > 1)
+    if found.whole_source or found.whole_target or source_axis != target_axis:
+        return found
+    resized = _resized(source.shape, target.shape, source_axis, shared)
+    pairs = sorted([*shared, *((axis, axis) for axis, _, _ in resized)])
+    return replace(found, shared=tuple(pairs), resized=resized)
+
+
+def _resized(
+    source: tuple[Dim, ...], target: tuple[Dim, ...], axis: int, shared: tuple[tuple[int, int], ...]
+) -> tuple[tuple[int, int, int], ...]:
+    """The axes of two maps, with features on the same axis of both, that are positions of unlike numbers.
+
+    Tokens (features last, one axis of positions) are no map: their order tells nothing about those of others.
+    """
+    if len(source) != len(target) or (axis != 1 and len(source) < 4):
+        return ()
+    taken = {i for pair in shared for i in pair} | {axis}
+    return tuple(
+        (i, s, t)
+        for i, (s, t) in enumerate(zip(source, target, strict=True))
+        if i not in taken and isinstance(s, int) and isinstance(t, int) and min(s, t) > 1
+    )
 
 
 def own_positions(graph: LocalGraph, source_value: str, value: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

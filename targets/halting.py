@@ -114,9 +114,9 @@ class RowsError(nn.Module):
         with torch.no_grad():
             neuron = Neuron(self.value, taken(h.detach(), found.samples), taken(z.detach(), found.samples), self.phi)
             scale = self.rule.per_sample(batch)
-            target = neuron.phi(self.rule.move(neuron, found.values * scale))
-            losses = self.rule.losses(neuron, target) if self.batched else None
-            return Rows(found.samples, self.rule.mismatch(neuron, target) / scale, losses)
+            d = found.values * scale
+            losses = self.rule.losses(neuron, d) if self.batched else None
+            return Rows(found.samples, self.rule.local_error(neuron, d) / scale, losses)
 
 
 class Stop(nn.Module):

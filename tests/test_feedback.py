@@ -43,10 +43,24 @@ CASES = {
     "logits to states, time first": ("lstm_time_first", "cells", "bk->sbf", "fk,bk,s->sbf"),
     "tokens to tokens": ("language_model", "blocks.0", "btk->btf", "fk,btk->btf"),
     "pixels to pixels": ("unet", "down1", "bkhw->bfhw", "fk,bkhw->bfhw"),
-    "pixels to other pixels": ("unet", "middle", "bkhw->bfxy", "fk,bkhw,xy->bfxy"),
+    "pixels to fewer pixels": ("unet", "middle", "bkhw->bfxy", "fk,bkhw,xh,yw->bfxy"),
     "nodes to nodes": ("message_passing", "update", "bk->bf", "fk,bk->bf"),
     "nodes to edges": ("message_passing", "message", "bk->ef", "fk,bk,e->ef"),
 }
+
+
+def factors(formula: str, shapes: str, error: Tensor, z: Tensor) -> list[Tensor]:
+    """What the sums take besides E and the error: ones, or which position lies where, (target, source)."""
+    source, _, target = shapes.partition("->")
+    sizes = dict(zip(source, error.shape, strict=True)) | dict(zip(target, z.shape, strict=True))
+    found = []
+    for axes in formula.partition("->")[0].split(",")[2:]:
+        factor = torch.ones([sizes[axis] for axis in axes], dtype=DOUBLE)
+        if axes[-1] in source and axes[-1] not in target:
+            for i, k in itertools.product(*map(range, factor.shape)):
+                factor[i, k] = float(int(k * factor.shape[0] / factor.shape[1]) == i)
+        found.append(factor)
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -58,10 +72,7 @@ def test_message_equals_the_sum_written_out(case):
     z = drawn(graph.type(connection.value).shape)
     assert f"{'x' * error.dim()}->{'x' * z.dim()}" == "".join(c if c in "->" else "x" for c in shapes)
     weight = torch.randn(connection.weight, dtype=DOUBLE)
-    sizes = dict(zip(shapes.partition("->")[2], z.shape, strict=True))
-    free = formula.partition("->")[0].split(",")[2:]
-    ones = [torch.ones([sizes[axis] for axis in axes], dtype=DOUBLE) for axes in free]
-    expected = torch.einsum(formula, weight, error, *ones)
+    expected = torch.einsum(formula, weight, error, *factors(formula, shapes, error, z))
     found = layout(graph, connection).apply([weight], error, z)
     assert found.shape == z.shape
     torch.testing.assert_close(found, expected)
@@ -70,16 +81,34 @@ def test_message_equals_the_sum_written_out(case):
 @pytest.mark.parametrize("case", CASES)
 def test_update_of_a_map_is_the_cotangent_times_the_error(case):
     """Sum over batch and positions of C e^T, where a position of C reads the error that reached it."""
-    name, target, _, formula = CASES[case]
+    name, target, shapes, formula = CASES[case]
     graph = compiled(zoo.MODELS[name]).graph
     connection = feedback(graph, target)
     error = drawn(graph.type(connection.source_value).shape)
     cotangent = drawn(graph.type(connection.value).shape)
-    e, z = formula.partition("->")[0].split(",")[1], formula.partition("->")[2]
-    expected = torch.einsum(f"{z},{e}->fk", cotangent, error)
+    _, e, *others = formula.partition("->")[0].split(",")
+    sums = ",".join([formula.partition("->")[2], e, *others])
+    expected = torch.einsum(f"{sums}->fk", cotangent, error, *factors(formula, shapes, error, cotangent))
     weight = torch.randn(connection.weight, dtype=DOUBLE)
     (found,) = cotangent_update(layout(graph, connection), [weight], error, cotangent)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("before", "after"), [(14, 7), (7, 14), (28, 13), (5, 8)])
+def test_between_maps_of_unlike_sizes_an_error_stays_at_its_place(before, after):
+    """An error in one corner of the source displaces that corner of the target, and nothing far from it."""
+    resized = tuple((axis, before, after) for axis in (2, 3))
+    between = Layout(4, 1, 4, 1, ((0, 0), (2, 2), (3, 3)), resized=resized)
+    error = torch.zeros(1, 3, before, before, dtype=DOUBLE)
+    error[0, :, -1, 0] = 1
+    target = torch.zeros(1, 2, after, after, dtype=DOUBLE)
+    found = between.apply([torch.ones(2, 3, dtype=DOUBLE)], error, target)
+    assert found.shape == target.shape
+    where = found[0, 0].nonzero()
+    assert found[0, 0, -1, 0] == 3
+    assert int(where[:, 0].min()) >= after - 1 - after // before
+    assert int(where[:, 1].max()) <= after // before
+    assert found[0, 0].sum() == 3 * len(where)
 
 
 def test_two_factors_act_as_their_product():
@@ -130,7 +159,9 @@ def test_height_is_never_taken_for_width():
     local = graphlocal.compile(Downsampling().double(), example_inputs=(x,), rule=WHOLE)
     connection = feedback(local.graph, "first")
     assert local.graph.type(connection.source_value).shape == ("B", 4, 8, 16)
-    assert layout(local.graph, connection).shared == ((0, 0),)
+    found = layout(local.graph, connection)
+    assert found.shared == ((0, 0), (2, 2), (3, 3))
+    assert found.resized == ((2, 8, 4), (3, 16, 8))
 
 
 # A whole update by hand

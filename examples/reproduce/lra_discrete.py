@@ -21,7 +21,7 @@ UNITS: dict[str, tuple[Unit, tuple[int, ...], Rule | None]] = {
     "signum, 3×256": (Signum, (256,) * 3, STRAIGHT),
     "LWTA in blocks of 4, 3×256": (lambda: LWTA(4), (256,) * 3, None),
 }
-RULES: tuple[Rule, ...] = (LRAFeedback(), RecLRA(), RecLRA(error_weights="kp"))
+RULES: tuple[Rule, ...] = (LRAFeedback(rescale=None), LRAFeedback(), RecLRA(), RecLRA(error_weights="kp"))
 ADJUSTED = Backprop(estimator="slope-adjusted")
 
 

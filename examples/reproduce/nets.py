@@ -36,10 +36,12 @@ DEEP, DEEP_HIDDEN = Setting(0.01), (128,) * 8
 """Eight hidden layers of 128, by plain gradient descent."""
 WIDE, WIDE_HIDDEN = Setting(2e-4, torch.optim.Adam, 32), (256,) * 3
 """Three hidden layers of 256, by Adam."""
-SMALL = LRAFeedback(c1=None), DEEP
-LARGE = LRAFeedback(c1=None, c2=5.0, sigma=1.0), replace(DEEP, lr=0.15)
-"""The steps that tanh units need, and those that sigmoids need to leave the plateau: 0.15 on the mean over a batch of
-50, which is 0.003 on the sum."""
+FAST, FASTER = replace(DEEP, lr=0.03), replace(DEEP, lr=0.3)
+"""With the bound c1 on the updates: the steps of most units, and those of units with values in (0, 1)."""
+SMALL = LRAFeedback(c1=None, rescale=None), DEEP
+LARGE = LRAFeedback(c1=None, c2=5.0, sigma=1.0, rescale=None), replace(DEEP, lr=0.15)
+"""The paper's rule, with what tanh units need, and what sigmoids need to leave the plateau: 0.15 on the mean over a
+batch of 50, which is 0.003 on the sum."""
 
 
 def network(

@@ -39,8 +39,10 @@ RULES: tuple[Rule, ...] = (
     FeedbackAlignment(),
     DifferenceTargetPropagation(),
     LRAFeedback(),
+    LRAFeedback(rescale=None),
 )
-QUICK = tuple(rule for rule in RULES if rule not in (RecLRA(), DifferenceTargetPropagation()))
+SLOW = RecLRA(), DifferenceTargetPropagation(), LRAFeedback(rescale=None)
+QUICK = tuple(rule for rule in RULES if rule not in SLOW)
 DISCRETE = "signum of tanh"
 CITED = {"fashion-mnist": "11.87", "mnist": "1.82"}
 """Test error in per cent that others report of rec-LRA: J.-E. Yao, H.-E. Chen, C.-C. J. Kuo, HCL-FF, table 1."""

@@ -55,8 +55,9 @@ class AligningRule(Rule):
         """The derivative of the local loss at the pre-activation."""
         return through_tail(neuron, LOCAL_LOSSES[self.local_loss].derivative(neuron.z - target))
 
-    def losses(self, neuron: Neuron, target: Tensor) -> Tensor:
-        """The local loss of each sample, summed over its entries."""
+    def losses(self, neuron: Neuron, displacement: Tensor) -> Tensor:
+        """The local loss of each sample at the target that `move` sets, summed over its entries."""
+        target = neuron.phi(self.move(neuron, displacement))
         value = LOCAL_LOSSES[self.local_loss].value(neuron.z - target)
         return value.reshape(len(value), -1).sum(1)
 
@@ -83,6 +84,19 @@ def bounded(displacement: Tensor, bound: float | None) -> Tensor:
     rows = displacement.reshape(len(displacement), -1)
     factor: Tensor = bound / torch.linalg.vector_norm(rows, dim=1).clamp_min(bound)
     return displacement * factor.view(-1, *[1] * (displacement.dim() - 1))
+
+
+def scaled(error: Tensor, size: Tensor | float) -> Tensor:
+    """An error in the same directions, with samples of norm `size` (root mean square); zeros stay zeros."""
+    tiny = torch.finfo(error.dtype).tiny
+    return error / sample_rms(error).clamp_min(tiny) * size
+
+
+def sample_rms(error: Tensor) -> Tensor:
+    """The root mean square of the samples' norms, over the samples that have an error; 0 if none has."""
+    norms: Tensor = torch.linalg.vector_norm(error.reshape(len(error), -1), dim=1)
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total / (norms > 0).sum().clamp_min(1).sqrt()
 
 
 def require_local_loss(rule: Any) -> None:

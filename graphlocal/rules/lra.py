@@ -33,6 +33,8 @@ from graphlocal.rules.aligning import (
     require_local_loss,
     require_positive,
     require_reduction,
+    sample_rms,
+    scaled,
     through_tail,
 )
 from graphlocal.rules.base import Neuron
@@ -43,9 +45,22 @@ from graphlocal.rules.wiring import derivatives_along_data, feedback_along_data
 class LRAFeedback(AligningRule):
     """LRA-fdbk: every subgraph hands the displacement E delta to those below it, with delta its own error.
 
+    rescale: None is the paper's rule, as above. `"rms"` bounds the batch instead of each sample: the target is set at
+    y = phi(h - beta c2 d / rms(d)), and delta gets rms(d), with rms(d) the root mean square of the samples' norms ||d||.
+    Normalize takes from each sample how wrong it is: all displacements above c2 become alike, and with small
+    weights of E or of phi' those below shrink from layer to layer. Units with an upper bound stop it. With ReLU,
+    softplus or LWTA, samples that are right push as hard as those that are wrong and always
+    the same way, until the representations of all samples are one direction that grows (after 300 steps of Adam on
+    784-3x256-10 ReLU: norms of 2100, a cosine of 0.99 between samples, 48 % error on Fashion-MNIST; with `"rms"` 160,
+    0.86 and 32 %, near feedback alignment's 28 %). What is left to backpropagation's 21 % is due to fixed random E, and
+    to the target of a convex phi, which is above z on average.
+
     local_loss: `"cauchy"`, `"l2"` or `"l1"`. beta: modulation factor. sigma: standard deviation of E; None is
-    1 / sqrt(source features). c1, c2: bounds on the norms of each update and of each sample's displacement, None
-    for none. epsilon: see the module. reduction: how the model's loss is reduced over the batch, `"mean"` or `"sum"`
+    1 / sqrt(source features), which keeps the size of an error. c1, c2: bounds on the norms of each update and of each
+    sample's displacement, None for none. c1 makes the steps smaller where it binds (an 8x128 tanh net takes a learning
+    rate of 0.03 with c1=1 as it does 0.01 with None) and keeps deep nets of unbounded units from diverging under SGD.
+    epsilon: see the module; local losses are those at the paper's targets. reduction: how the model's loss is reduced
+    over the batch, `"mean"` or `"sum"`
     (then updates are sums over the batch too, before c1 bounds them). feedback_share, feedback_total,
     max_source_features: as in RecLRA.
 
@@ -63,10 +78,13 @@ class LRAFeedback(AligningRule):
     max_source_features: int = 1024
     epsilon: float | None = None
     reduction: Literal["mean", "sum"] = "mean"
+    rescale: Literal["rms"] | None = "rms"
 
     def __post_init__(self) -> None:
         require_local_loss(self)
         require_reduction(self)
+        if self.rescale not in ("rms", None):
+            raise InputError(f"LRAFeedback(rescale={self.rescale!r})", remedy="use 'rms' or None")
         options = ("beta", "sigma", "c1", "c2", "feedback_share", "feedback_total", "epsilon")
         require_positive(self, options, optional=("sigma", "c1", "c2", "epsilon"))
 
@@ -78,8 +96,20 @@ class LRAFeedback(AligningRule):
         sigma = 1 / math.sqrt(max(columns, 1)) if self.sigma is None else self.sigma
         return torch.randn(rows, columns, generator=generator) * sigma
 
+    @property
+    def homogeneous(self) -> bool:
+        own = type(self).local_error is LRAFeedback.local_error and type(self).mismatch is AligningRule.mismatch
+        return own and self.rescale is not None and self.c2 is not None
+
     def move(self, neuron: Neuron, displacement: Tensor) -> Tensor:
         return neuron.h - self.beta * bounded(displacement, self.c2)
+
+    def local_error(self, neuron: Neuron, displacement: Tensor) -> Tensor:
+        if self.rescale is None:
+            return super().local_error(neuron, displacement)
+        step = displacement if self.c2 is None else scaled(displacement, self.c2)
+        error = self.mismatch(neuron, neuron.phi(neuron.h - self.beta * step))
+        return scaled(error, sample_rms(displacement))
 
 
 @dataclass(frozen=True)
