@@ -46,7 +46,7 @@ class LRAFeedback(AligningRule):
     """LRA-fdbk: every subgraph hands the displacement E delta to those below it, with delta its own error.
 
     rescale: None is the paper's rule, as above. `"rms"` bounds the batch instead of each sample: the target is set at
-    y = phi(h - beta c2 d / rms(d)), and delta gets rms(d), with rms(d) the root mean square of the samples' norms ||d||.
+    y = phi(h - beta c2 d / rms(d)), and delta gets rms(d), with rms(d) the root mean square of the samples' norms |d|.
     Normalize takes from each sample how wrong it is: all displacements above c2 become alike, and with small
     weights of E or of phi' those below shrink from layer to layer. Units with an upper bound stop it. With ReLU,
     softplus or LWTA, samples that are right push as hard as those that are wrong and always
