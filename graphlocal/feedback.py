@@ -110,7 +110,7 @@ class Layout:
 
 
 def _same_place(before: int, after: int, like: Tensor) -> Tensor:
-    """after x before, 1 where a position of one grid lies at that of the other."""
+    """A matrix, after x before: 1 where a position of one grid lies at that of the other."""
     old, new = torch.arange(before, device=like.device), torch.arange(after, device=like.device).unsqueeze(1)
     pairs = old * after // before == new if before > after else new * before // after == old
     return pairs.to(like.dtype)

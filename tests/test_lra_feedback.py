@@ -78,9 +78,7 @@ def assert_transcribed(rule: LRAFeedback, transcription: Transcription) -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, update, rtol=1e-9, atol=1e-13, msg=name)
 
 
-def by_hand_rescaled(
-    model: nn.Sequential, x: Tensor, maps: dict[str, Tensor], rule: LRAFeedback
-) -> dict[str, Tensor]:
+def by_hand_rescaled(model: nn.Sequential, x: Tensor, maps: dict[str, Tensor], rule: LRAFeedback) -> dict[str, Tensor]:
     """The same for a whole batch, whose displacements are brought to one size, and its errors back to theirs."""
     z, h = [x], []
     for layer in (0, 2, 4):
