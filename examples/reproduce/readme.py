@@ -44,8 +44,8 @@ REMARKS = {
     "learns at once, and ends ahead of LRA alone.",
     "lra_steps": "Backpropagation leaves the filters as noise; with K the filters get a shape and the error falls.",
     "lra_initialisation": "LRA ends nearly alike from every start. Backpropagation is as good or better where "
-    "gradients get through, and learns nothing where they don't: from the smallest weights with tanh, and from all of them with "
-    "sigmoids.",
+    "gradients get through, and learns nothing where they don't: from the smallest weights with tanh, and from all of "
+    "them with sigmoids.",
     "reclra_mnist": "After so few steps all errors are far above the paper's. Local rules keep up with "
     "backpropagation for units with bounds and lose with ReLU and softplus, most likely because representations "
     "without bounds grow away from what the fixed size of the random feedback can correct; with signum they win, "
@@ -55,8 +55,8 @@ REMARKS = {
     "feedback maps are not zero. Under the paper's normalization every sample pushes as hard as every other, however "
     "wrong it is, and with phi' of a half (softplus, or one winner of four) errors halve from layer to layer. With "
     "`rescale` they keep their size, and every unit does better with one rule and no options, or as well. What is left "
-    "of softplus's failure is that it has no upper bound: cut at 6 it learns, and so does ReLU-6 better than ReLU (51 % "
-    "with one seed).",
+    "of softplus's failure is that it has no upper bound: cut at 6 it learns, as ReLU-6 does better than ReLU (51 %, "
+    "one seed).",
     "lra_discrete": "A sign directly on a linear layer leaves the local rules no smooth function to set a target for; "
     "on a tanh they are ahead of the straight-through estimator, and level with the slope-adjusted one. So they are "
     "with Bernoulli units, nearly. On LWTA, whose winners have no upper bound, the paper's normalization "
