@@ -32,8 +32,12 @@ class LP(Rule):
 
     G: `"linear"`, G(r) = r, or `"abs"`, |r|. epsilon: violations up to it are free; G shrinks by it towards 0.
     With |r| the multipliers only ever grow: take an eta_lambda of about 0.01.
-    rho, eta_x, eta_lambda: as above. inner_steps: steps of x and lambda at each visit, of which each carries errors one
-    subgraph further down. A net of nine layers learned poorly (examples/reproduce).
+    rho, eta_x, eta_lambda: as above. What matters is how stiff the constraints are beside the loss, and that the
+    multipliers follow: variables that move too easily fit the labels by themselves, layer upon layer further from what
+    the net computes of the sample (nine tanh layers on the digits, with rho 1 and etas of 0.3: a loss of 0.02 on the
+    variables, 1.6 by the net's own forward pass, 54 to 65 % correct; with these defaults 89 to 92 %, backpropagation
+    96 %). With rho 10 or more the etas have to fall, and errors take longer to come down.
+    inner_steps: steps of x and lambda at each visit, of which each carries errors one subgraph further down.
     x0: where a sample's variables start, at the model's own forward pass or at zeros.
     samples: how many there are; None lets the store grow to the largest index. store: `"memory"`, on the model's
     device, or `"mmap"`, in the file `path`. max_bytes: the most that the store may take; None is 4 GiB in memory,
@@ -48,9 +52,9 @@ class LP(Rule):
     feedback: ClassVar[bool] = False
     G: Literal["linear", "abs"] = "linear"
     epsilon: float = 0.0
-    rho: float = 1.0
-    eta_x: float = 0.3
-    eta_lambda: float = 0.3
+    rho: float = 3.0
+    eta_x: float = 0.15
+    eta_lambda: float = 1.0
     inner_steps: int = 1
     x0: Literal["forward", "zeros"] = "forward"
     samples: int | None = None

@@ -46,23 +46,21 @@ class LRAFeedback(AligningRule):
     """LRA-fdbk: every subgraph hands the displacement E delta to those below it, with delta its own error.
 
     rescale: None is the paper's rule, as above. `"rms"` bounds the batch instead of each sample: the target is set at
-    y = phi(h - beta c2 d / rms(d)), and delta gets rms(d), with rms(d) the root mean square of the samples' norms |d|.
-    Normalize takes from each sample how wrong it is: all displacements above c2 become alike, and with small
-    weights of E or of phi' those below shrink from layer to layer. Units with an upper bound stop it. With ReLU,
-    softplus or LWTA, samples that are right push as hard as those that are wrong and always
-    the same way, until the representations of all samples are one direction that grows (after 300 steps of Adam on
-    784-3x256-10 ReLU: norms of 2100, a cosine of 0.99 between samples, 48 % error on Fashion-MNIST; with `"rms"` 160,
-    0.86 and 32 %, near feedback alignment's 28 %). What is left to backpropagation's 21 % is due to fixed random E, and
-    to the target of a convex phi, which is above z on average.
+    y = phi(h - beta c2 d / rms(d)), and delta is brought to the size rms(d), the root mean square of the samples'
+    norms ||d||. Normalize takes from each sample how wrong it is: displacements above c2 become alike, and what phi'
+    makes small shrinks further from layer to layer. With units without an upper bound (ReLU, softplus, LWTA), samples
+    that are right then push as hard as those that are wrong, always the same way, until the representations of all
+    samples are one direction that grows: after 300 steps of Adam on 784-3x256-10 ReLU a norm of 2100, a cosine of 0.99
+    between samples and 48 % error on Fashion-MNIST, with `"rms"` 160, 0.86 and 32 %. Feedback alignment has 28 %
+    there; the rest to backpropagation's 21 % is what fixed random E costs with such units.
 
     local_loss: `"cauchy"`, `"l2"` or `"l1"`. beta: modulation factor. sigma: standard deviation of E; None is
     1 / sqrt(source features), which keeps the size of an error. c1, c2: bounds on the norms of each update and of each
     sample's displacement, None for none. c1 makes the steps smaller where it binds (an 8x128 tanh net takes a learning
     rate of 0.03 with c1=1 as it does 0.01 with None) and keeps deep nets of unbounded units from diverging under SGD.
     epsilon: see the module; local losses are those at the paper's targets. reduction: how the model's loss is reduced
-    over the batch, `"mean"` or `"sum"`
-    (then updates are sums over the batch too, before c1 bounds them). feedback_share, feedback_total,
-    max_source_features: as in RecLRA.
+    over the batch, `"mean"` or `"sum"` (then updates are sums over the batch too, before c1 bounds them).
+    feedback_share, feedback_total, max_source_features: as in RecLRA.
 
     Raises InputError for options out of range.
     """
