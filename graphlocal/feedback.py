@@ -60,13 +60,13 @@ class Layout:
         message = message.to(target.dtype)
         return message.squeeze(-1) if implied else message
 
-    def rows(self, error: Tensor, target: Tensor) -> Tensor:
-        """What E reads for each position of `target`: positions x source features."""
+    def rows(self, error: Tensor, target: Tensor, stride: int = 1) -> Tensor:
+        """What E reads at every `stride`-th position of `target`: positions x source features."""
         message = self._gathered(error)
         for axis in self._missing:
             message = message.unsqueeze(axis)
         positions = target_rows(target, self.target_axis, flat=False).shape[:-1]
-        return message.expand(*positions, -1).reshape(-1, message.shape[-1])
+        return message.expand(*positions, -1).reshape(-1, message.shape[-1])[::stride]
 
     def _gathered(self, error: Tensor) -> Tensor:
         """The error with its features last, summed over the positions that the target does not have."""
@@ -110,7 +110,7 @@ class Layout:
 
 
 def _same_place(before: int, after: int, like: Tensor) -> Tensor:
-    """A matrix, after x before: 1 where a position of one grid lies at that of the other."""
+    """After x before, 1 where a position of one grid lies at that of the other."""
     old, new = torch.arange(before, device=like.device), torch.arange(after, device=like.device).unsqueeze(1)
     pairs = old * after // before == new if before > after else new * before // after == old
     return pairs.to(like.dtype)
