@@ -47,10 +47,9 @@ REMARKS = {
     "gradients get through, and learns nothing where they don't: from the smallest weights with tanh, and from all of "
     "them with sigmoids.",
     "reclra_mnist": "After so few steps all errors are far above the paper's. Local rules keep up with "
-    "backpropagation for units with bounds and lose with ReLU and softplus, most likely because representations "
-    "without bounds grow away from what the fixed size of the random feedback can correct; with signum they win, "
-    "where backpropagation has an estimator only. The whole size adds RecLRA with fixed E and difference target "
-    "propagation.",
+    "backpropagation for units with bounds and lose with ReLU and softplus, whose representations grow in one "
+    "direction under random feedback; with signum they win, where backpropagation has an estimator only. The whole "
+    "size adds RecLRA with fixed E, difference target propagation and LRA with the paper's normalization.",
     "lra_null": "Backpropagation can't leave the start, because a layer between zero weights gets no gradient; "
     "feedback maps are not zero. Under the paper's normalization every sample pushes as hard as every other, however "
     "wrong it is, and with phi' of a half (softplus, or one winner of four) errors halve from layer to layer. With "
