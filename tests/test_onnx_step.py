@@ -199,9 +199,10 @@ def convnet() -> nn.Module:
     )
 
 
-def test_convnet_with_batchnorm_equals_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", ["rec-lra", "lra-fdbk"])
+def test_convnet_with_batchnorm_equals_torch(rule: str, tmp_path: Path) -> None:
     batches = of_vectors(1, 8, 8)
-    step, trainer, local = pair(convnet, "rec-lra", sgd, batches, tmp_path / "a.onnx")
+    step, trainer, local = pair(convnet, rule, sgd, batches, tmp_path / "a.onnx")
     assert distance(step, trainer, batches, 10, 5)[0] < 1e-5
     states = trainer.model_state()
     for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):

@@ -59,7 +59,7 @@ class AligningRule(Rule):
         """The local loss of each sample at the target that `move` sets, summed over its entries."""
         target = neuron.phi(self.move(neuron, displacement))
         value = LOCAL_LOSSES[self.local_loss].value(neuron.z - target)
-        return value.reshape(len(value), -1).sum(1)
+        return value.reshape(value.shape[0], -1).sum(1)
 
     def project(self, update: Tensor) -> Tensor:
         if self.c1 is None:
@@ -81,7 +81,7 @@ def bounded(displacement: Tensor, bound: float | None) -> Tensor:
     """Normalize(d, bound) for each sample: bound * d / ||d|| where ||d|| is at least the bound."""
     if bound is None:
         return displacement
-    rows = displacement.reshape(len(displacement), -1)
+    rows = displacement.reshape(displacement.shape[0], -1)
     factor: Tensor = bound / torch.linalg.vector_norm(rows, dim=1).clamp_min(bound)
     return displacement * factor.view(-1, *[1] * (displacement.dim() - 1))
 
@@ -94,7 +94,7 @@ def scaled(error: Tensor, size: Tensor | float) -> Tensor:
 
 def sample_rms(error: Tensor) -> Tensor:
     """The root mean square of the samples' norms, over the samples that have an error; 0 if none has."""
-    norms: Tensor = torch.linalg.vector_norm(error.reshape(len(error), -1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(error.reshape(error.shape[0], -1), dim=1)
     total: Tensor = torch.linalg.vector_norm(norms)
     return total / (norms > 0).sum().clamp_min(1).sqrt()
 
