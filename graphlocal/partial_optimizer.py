@@ -209,8 +209,8 @@ class _Kernel:
         """This group's gradients, in the layouts of the parameters; None if the kernel can't take them."""
         if not self.able or not self._settings_allow():
             return None
-        if self.states is None:
-            self.states = self._find_states()
+        if self.states is None or self.optimizer.state.get(self.parameters[0]) is not self.states[0]:
+            self.states = self._find_states()  # there is none yet, or the user's code has cleared it
         if self.states is None:
             return None
         if self.known is not None and self.known[0] is gradients and all(map(Tensor.is_contiguous, self.parameters)):

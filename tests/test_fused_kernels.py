@@ -231,3 +231,17 @@ def test_the_compilation_used_last_is_left_when_anything_it_was_chosen_by_change
     assert used(x) not in (first, second, third)
     assert local._lag.present
     assert model[1].running_mean.abs().sum() > 0
+
+
+def test_a_cleared_state_of_the_optimizer_starts_anew():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3), torch.randn(4, 6), torch.randint(3, (4,))
+    local = graphlocal.compile(model, example_inputs=x)
+    optimizer = torch.optim.Adam(local.parameters(), 1e-3)
+    step = graphlocal.train_step(local, nn.functional.cross_entropy, optimizer)
+    for _ in range(3):
+        step(x, y)
+    optimizer.state.clear()
+    for count in (1.0, 2.0):
+        step(x, y)
+        assert [float(state["step"]) for state in optimizer.state.values()] == [count, count]
