@@ -342,17 +342,9 @@ class LocalModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         derived = (
-            "_binder",
-            "_cache",
-            "_last",
-            "_last_spec",
-            "_watched",
-            "_weights",
-            "_dicts",
-            "_structure",
-            "_recompilations",
-            "_lag",
-        )
+            "_binder", "_cache", "_last", "_last_spec", "_watched", "_weights", "_dicts", "_structure",
+            "_recompilations", "_lag",
+        )  # fmt: skip
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

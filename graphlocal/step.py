@@ -19,7 +19,6 @@ from graphlocal.overlap import overlapped
 from graphlocal.partial_optimizer import TOGETHER, Gathering, PartialOptimizer
 from graphlocal.rules import Rule
 from graphlocal.runtime import LocalModule
-from graphlocal.targets.eager import Apply
 from graphlocal.targets.nodes import StepCall
 
 ERROR_WEIGHTS = "error_weights."
@@ -102,7 +101,7 @@ class TrainStep:
         with torch.no_grad():
             rule = self.local.options.rule
             labels = (y,) if rule.needs_labels else (self._losses,) if rule.needs_losses else ()
-            apply = Gathering(partial(self._apply, compiled), TOGETHER, norms if self.local.check_finite else None)
+            apply = self._updates(compiled, norms, TOGETHER)
             run.error_pass(errors, apply, labels=labels)
             apply.flush()
             require_finite(compiled, errors, norms)
@@ -112,15 +111,9 @@ class TrainStep:
         """The norms of a step's updates, those of feedback maps apart."""
         return UpdateNorms(compiled.training.feedback)
 
-    def _updates(self, compiled: Compiled, norms: UpdateNorms) -> Apply:
-        """`apply(names, gradients)` for an error pass: takes note of the updates' norms, and hands them on."""
-
-        def apply(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> None:
-            if self.local.check_finite:
-                norms.add(names, gradients)
-            self._apply(compiled, names, gradients)
-
-        return apply
+    def _updates(self, compiled: Compiled, norms: UpdateNorms, together: int = 0) -> Gathering:
+        """`apply` for an error pass: takes note of the updates' norms, and hands on so many numbers `together`."""
+        return Gathering(partial(self._apply, compiled), together, norms if self.local.check_finite else None)
 
     def run(self, batches: Iterable[tuple[Any, Any]], *, staleness: int = 0) -> Iterator[Tensor]:
         """Train on one (x, y) after another, and yield the loss of each, once its updates are made.
