@@ -23,9 +23,19 @@ def machine() -> str:
     """One line that says what a figure was measured on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
-        f"{platform.machine()}, {os.cpu_count()} cores, {device}, torch {torch.__version__} with "
+        f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores, {device}, torch {torch.__version__} with "
         f"{torch.get_num_threads()} threads, Python {sys.version.split()[0]}"
     )
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells, and the instructions that torch's kernels use on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 @contextmanager

@@ -70,17 +70,23 @@ def _all_finite(updates: list[Tensor]) -> bool:
     What gradient scalers look with: it multiplies by 1, in place (so pass `data`, of which autograd takes no notice),
     in less time than norms take. On a GPU nothing would be gained: it waits for the device, as the norms do.
     """
+    global _found
     if not updates[0].is_cpu:
         return False
-    found = torch.zeros_like(_ONE)
+    found = _found  # another thread may take the same: what either finds, both do
     try:
         torch._amp_foreach_non_finite_check_and_unscale_(updates, found, _ONE)
     except RuntimeError:  # a dtype, a device or a kind of tensor that it does not take
         return False
-    return not found.item()
+    if not found.item():
+        return True
+    _found = torch.zeros_like(_ONE)
+    return False
 
 
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
+_found = torch.zeros_like(_ONE)
+"""0 as long as no look has found anything; then a new one takes its place."""
 
 
 _IS_CUDA = operator.attrgetter("is_cuda")

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,7 @@ class LocalModule(nn.Module):
 
     def _identities(self) -> list[int]:
         """Of every submodule and parameter, in order."""
-        return [id(part) for parts in self._dicts if parts for part in parts.values()]
+        return list(map(id, chain.from_iterable(map(dict.values, self._dicts))))
 
     def _calibration_is_due(self) -> bool:
         """Whether this step is a calibration; counts it."""

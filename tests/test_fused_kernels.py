@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import timeit
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import graphlocal
 from graphlocal.errors import LocalTrainingError
 from graphlocal.finite import UpdateNorms, are_numbers
 from graphlocal.partial_optimizer import Gathering, PartialOptimizer
+from graphlocal.targets import fast_tanh
 from graphlocal.targets.fast_tanh import minus_tanh, minus_tanh_over, replace_tanh
 from graphlocal.targets.reuse import reuse
 from graphlocal.targets.scratch import Lent, lend
@@ -177,7 +179,8 @@ def test_the_difference_to_a_tanh_is_as_good_as_rounding_allows(dtype):
 
 @pytest.mark.parametrize(("numbers", "dtype", "read_twice"), [(4096, torch.float32, False), (8, torch.float32, False),
                          (4096, torch.bfloat16, False), (4096, torch.float32, True)])  # fmt: skip
-def test_only_a_large_tanh_that_nothing_else_reads_is_replaced(numbers, dtype, read_twice):
+def test_only_a_large_tanh_that_nothing_else_reads_is_replaced(numbers, dtype, read_twice, monkeypatch):
+    monkeypatch.setattr(fast_tanh, "tanh_is_slow", lambda dtype: True)
     values = dict.fromkeys(("z", "h", "u", "t", "e", "f"), torch.empty(numbers, dtype=dtype))
     more = [("f", aten.neg.default, ("t",))] if read_twice else []
     graph, made = traced(
@@ -187,6 +190,28 @@ def test_only_a_large_tanh_that_nothing_else_reads_is_replaced(numbers, dtype, r
     replace_tanh(graph)
     replaced = numbers > 8 and dtype is torch.float32 and not read_twice
     assert (made["e"].target is minus_tanh_over) == replaced
+
+
+@pytest.mark.parametrize("slowness", [1.5, 10])
+def test_a_tanh_is_replaced_where_it_is_slow(slowness, monkeypatch):
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    def taking(seconds: float) -> Any:
+        def run(x: Tensor) -> Tensor:
+            nonlocal now
+            now += seconds
+            return x
+
+        return run
+
+    measured = partial(timeit.repeat, timer=clock)
+    monkeypatch.setattr(fast_tanh, "repeat", measured)
+    monkeypatch.setattr(torch, "tanh", taking(slowness))
+    monkeypatch.setattr(torch, "sigmoid", taking(1))
+    assert fast_tanh.tanh_is_slow.__wrapped__(torch.float32) == (slowness == 10)
 
 
 def test_operators_work_in_place_on_what_nothing_else_reads_and_the_pass_made():
