@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from graphlocal.preserve import preserved
+from graphlocal.targets import autocast as amp
 from graphlocal.targets.accesses import annotate
+from graphlocal.targets.autocast import Autocast, autocast_now, under
 from graphlocal.targets.batched import batched
 from graphlocal.targets.compilation import Compilation
 from graphlocal.targets.fast_tanh import replace_tanh
@@ -43,13 +45,14 @@ class Passes:
     """forward(*leaves) -> (outputs, saved); error(saved, errors, [apply,] retain).
 
     taken: for which outputs `error` must be given one; None if any will do. lowered: what they were made from, if
-    they are fused and for target="streams".
+    they are fused and for target="streams". casts: autocast's casts are among their operators, so it must be off.
     """
 
     forward: Callable[..., Any]
     error: Callable[..., Any]
     taken: tuple[bool, ...] | None = None
     lowered: TrainingGraph | None = None
+    casts: bool = False
 
     @cached_property
     def overlap(self) -> Overlap | None:
@@ -108,13 +111,15 @@ class Execution:
     def known(self, leaves: Sequence[Any]) -> Passes | None:
         """The passes of a fused step on arguments like these, if it was lowered before."""
         found: Passes | None = None
-        if self.not_lowered is None and not torch._C._is_any_autocast_enabled():
+        if self.not_lowered is None and not amp.is_on():
             found = self._passes.get((signature(leaves), self.taken, True))
         return found
 
     def _lowered(self, leaves: Sequence[Any], fused: bool, shapes: Any) -> Passes | None:
-        if torch._C._is_any_autocast_enabled():
-            return None
+        autocast: Autocast = ()
+        if amp.is_on():
+            autocast = autocast_now()
+            shapes = shapes, autocast
         key = shapes, self.taken, fused
         found = self._passes.get(key)
         if found is not None:
@@ -126,26 +131,31 @@ class Execution:
         if asks_back or shapes not in self._shapes or not (seen or self._strict):
             return None
         try:
-            self._passes[key] = self._lower(leaves, fused)
+            with amp.off():
+                self._passes[key] = self._lower(leaves, fused, autocast)
         except NotLowered as error:
             self.not_lowered = error
             if self._strict:
                 raise
         return self._passes.get(key)
 
-    def _lower(self, leaves: Sequence[Any], fused: bool) -> Passes:
+    def _lower(self, leaves: Sequence[Any], fused: bool, autocast: Autocast) -> Passes:
         self.shared_errors = 0
         try:
-            lowered = self.lowered(leaves)
+            lowered = self.lowered(leaves, autocast)
             plain = self._passes_of(lowered)
-            self._require_equal(plain, leaves)
+            self._require_equal(plain, leaves, autocast)
         except NotLowered:
             if not self.shared_errors:
                 raise
             self.sums_positions = False
-            return self._lower(leaves, fused)
+            return self._lower(leaves, fused, autocast)
         if self.target in ("auto", "batched"):
-            lowered, plain = self._batched(lowered, plain, leaves)
+            lowered, plain = self._batched(lowered, plain, leaves, autocast)
+        passes = self._fused(lowered, plain, fused)
+        return replace(passes, casts=bool(autocast))
+
+    def _fused(self, lowered: TrainingGraph, plain: Passes, fused: bool) -> Passes:
         if self.target == "inductor":
             return self._by_inductor(lowered, fused)
         if not fused:
@@ -156,18 +166,21 @@ class Execution:
         passes = self._passes_of(updating)
         return replace(passes, lowered=lowered) if self.target == "streams" else passes
 
-    def lowered(self, leaves: Sequence[Any]) -> TrainingGraph:
+    def lowered(self, leaves: Sequence[Any], autocast: Autocast = ()) -> TrainingGraph:
         """The lowered training graph, without the values that the error pass works out again.
 
         Raises NotLowered where there is none.
         """
         graph = self.compiled.graph
         again = [graph.number[name] for name in self.compiled.recomputed]
-        lowered = lower(self.compiled.training, leaves, self.taken)
+        with under(autocast):
+            lowered = lower(self.compiled.training, leaves, self.taken)
         self.shared_errors = sum_positions(lowered) if self.sums_positions else 0
         return recompute(lowered, again, apart=self.target == "streams")
 
-    def _batched(self, lowered: TrainingGraph, plain: Passes, leaves: Sequence[Any]) -> tuple[TrainingGraph, Passes]:
+    def _batched(
+        self, lowered: TrainingGraph, plain: Passes, leaves: Sequence[Any], autocast: Autocast
+    ) -> tuple[TrainingGraph, Passes]:
         """The lowered graph and its passes with updates stacked, where that is possible and pays."""
         on_gpu = any(weight.is_cuda for weight in self.compiled.weights)
         stacking = ALL if self.target == "batched" else GPU if on_gpu else Stacking()
@@ -176,7 +189,7 @@ class Execution:
             return lowered, plain
         passes = self._passes_of(found)
         try:
-            self._require_equal(passes, leaves)
+            self._require_equal(passes, leaves, autocast)
         except NotLowered:
             if self._strict:
                 raise
@@ -193,16 +206,19 @@ class Execution:
         if self.target == "streams":
             streams = self.compiled.streams
             return Passes(streamed(forward, streams), streamed(error, streams), self.taken)
-        forward_pass, error_pass = (_without_autograd(flatten(part, self.batches > 0)) for part in (forward, error))
+        forward_pass, error_pass = (
+            _without_autograd(flatten(part, lowered=True, stacked=self.batches > 0)) for part in (forward, error)
+        )
         return Passes(forward_pass, error_pass, self.taken)
 
     def _by_inductor(self, lowered: TrainingGraph, fused: bool) -> Passes:
         forward, error, fused_error = compiled_passes(lowered)
         return Passes(forward, fused_error if fused else error, self.taken)
 
-    def _require_equal(self, lowered: Passes, leaves: Sequence[Any]) -> None:
+    def _require_equal(self, lowered: Passes, leaves: Sequence[Any], autocast: Autocast) -> None:
         """Raise NotLowered unless one step of both graphs gives the same outputs, gradients and buffers."""
-        expected = self._one_step(self.eager(False), leaves)
+        with under(autocast):
+            expected = self._one_step(self.eager(False), leaves)
         try:
             found = self._one_step(lowered, leaves)
         except RuntimeError as error:
@@ -243,19 +259,24 @@ def signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
 class Run:
     """One forward pass, and the error pass that answers it.
 
-    outputs: flattened. saved: what the error pass reads; None once it has freed it. elsewhere: whoever makes this
-    object runs the forward pass, and sets both.
+    outputs: flattened. saved: what the error pass reads; None once it has freed it. autocast: the error pass runs in
+    the state that the forward pass ran in. elsewhere: whoever makes this object runs the forward pass, and sets the
+    first two.
     """
 
     def __init__(
         self, execution: Execution, passes: Passes, leaves: list[Any], fused: bool, elsewhere: bool = False
     ) -> None:
         self.execution, self.passes, self.fused = execution, passes, fused
+        self.autocast = autocast_now() if amp.is_on() else ()
         may_differ = passes.taken is not None and execution.many_outputs
         self.start = _Start(execution.compiled, leaves) if may_differ else None
         self.outputs: list[Any]
         self.saved: list[Any] | None = None
-        if not elsewhere:
+        if passes.casts and not elsewhere:
+            with amp.off():
+                self.outputs, self.saved = passes.forward(*leaves)
+        elif not elsewhere:
             self.outputs, self.saved = passes.forward(*leaves)
 
     def error_pass(
@@ -269,9 +290,14 @@ class Run:
         if self.passes.taken is not None and given != self.passes.taken:
             assert self.start is not None
             self.passes = self.execution.eager(self.fused)  # recorded for a loss on other outputs
-            self.saved = self.start.forward(self.passes)
+            with under(self.autocast):
+                self.saved = self.start.forward(self.passes)
         self.execution.taken = given
-        result = self.passes.error(self.saved, errors, *rest, retain, *labels)
+        if self.autocast or amp.is_on():
+            with amp.off() if self.passes.casts else under(self.autocast):
+                result = self.passes.error(self.saved, errors, *rest, retain, *labels)
+        else:
+            result = self.passes.error(self.saved, errors, *rest, retain, *labels)
         if not retain:
             self.saved = self.start = None
         return result

@@ -121,8 +121,9 @@ def _picked(message: Tensor, values: Tensor, reads: Tensor) -> Tensor:
     """A sparse E times a message with its features last."""
     if reads.shape[1] > 8:  # a temporary of all products, in place of as many operations
         return (message[..., reads] * values).sum(-1)
-    picked = [message.index_select(-1, r) * v for r, v in zip(reads.unbind(1), values.unbind(1), strict=True)]
-    return sum(picked[1:], picked[0])
+    flat = message.flatten(0, -2) if message.dim() > 2 else message  # torch's CPU kernel is 20 times faster on matrices
+    picked = [flat.index_select(-1, r) * v for r, v in zip(reads.unbind(1), values.unbind(1), strict=True)]
+    return sum(picked[1:], picked[0]).view(*message.shape[:-1], reads.shape[0])
 
 
 def sparse_map(connection: Connection, generator: torch.Generator) -> tuple[Tensor, Tensor]:

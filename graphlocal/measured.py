@@ -42,7 +42,7 @@ def measure(compiled: Compiled, repeats: int = 15) -> Measured:
     annotate(lowered)
     forward, error = split(lowered)
     in_pieces = [_Timed(cut(module, join=False)) for module in (forward, error)]
-    whole = [flatten(forward), flatten(error)]
+    whole = [flatten(forward, lowered=True), flatten(error, lowered=True)]
     steps: list[float] = []
     devices = range(torch.cuda.device_count())
     with preserved(compiled.model), preserved(compiled.error_weights), torch.random.fork_rng(devices), torch.no_grad():

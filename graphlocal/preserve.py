@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
@@ -21,8 +22,23 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Restore on leaving, also after an error, all that a forward or backward pass can change.
 
     That is every submodule's attributes, registries and hooks (a plain attribute holding a mutable object is
-    restored by reference), the values of the buffers, `grad` of the parameters, and the random state.
+    restored by reference), the values of the buffers, `grad` of the parameters, and the random state. Autograd takes no
+    notice: what an earlier forward pass keeps stays as good as it was.
     """
+    with unnoticed(model.buffers()), _restored(model):
+        yield
+
+
+def unnoticed(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Changes of these tensors that autograd need not know of: that are undone, or that no derivative reads."""
+    context: AbstractContextManager[None] = _unsafe_preserve_version_counter(
+        tuple(x for x in tensors if not x.is_inference())
+    )
+    return context
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     registries = [
         (registry, dict(registry))
@@ -75,13 +91,14 @@ def watched_calls(
 @contextmanager
 def undone_on(error: type[Exception], model: nn.Module) -> Iterator[None]:
     """If the block raises `error`, give the buffers and torch's generators the values from before it."""
+    kept = unnoticed(model.buffers())
     with torch.no_grad():
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     except error:
-        with torch.no_grad():
+        with torch.no_grad(), kept:
             for buffer, value in buffers:
                 buffer.copy_(value)
         torch.set_rng_state(cpu)

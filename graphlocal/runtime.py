@@ -41,7 +41,8 @@ class LocalModule(nn.Module):
 
     In training mode every subgraph runs on inputs that are cut off from the others, and the gradient that
     reaches the outputs starts the error graph, whose updates land in the `grad` of the model's parameters.
-    In evaluation mode, or without gradients, it *is* the original model.
+    In evaluation mode, or without gradients, it *is* the original model. `torch.compile` leaves its training steps as
+    they are (`target="inductor"` compiles those), and compiles what is around them, and the original model.
 
     original: the user's model, trained in place. error_weights: the feedback maps E. check_finite: raise
     LocalTrainingError, naming the subgraph, when an update is not a number. labels: those of the next backward pass,
@@ -182,6 +183,8 @@ class LocalModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
             return self.original(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(LocalModule.forward)(self, *args, **kwargs)
         self._look_for_changes()
         state = self._state()
         if True not in state[-1]:  # nothing learns
@@ -428,6 +431,8 @@ class _LocalUpdates(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
         run: Any = _backward_once if torch.is_grad_enabled() else _backward
+        if torch.compiler.is_dynamo_compiling():
+            run = torch.compiler.disable(run)
         found: tuple[Tensor | None, ...] = run(ctx, *errors)
         return found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import operator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,13 +16,11 @@ from torch import fx, nn
 from graphlocal.errors import InputError, nearest
 from graphlocal.ir import LocalGraph, Subgraph
 from graphlocal.rules import Rule
+from graphlocal.targets.autocast import Autocast, autocast_now, under
 from graphlocal.targets.bodies import preactivations
 from graphlocal.targets.emit_reread import arguments_of
 from graphlocal.targets.emitter import Emitter
 from graphlocal.targets.reread import Body, Snapshot, draws_random, written_states
-
-Autocast = tuple[tuple[str, torch.dtype], ...]
-"""The kinds of devices for which autocast is on, each with its dtype."""
 
 
 class Unrecorded(nn.Module):
@@ -58,20 +55,8 @@ class Again(nn.Module):
 
     def forward(self, circumstances: tuple[Any, Autocast], *arguments: Any) -> tuple[Any, ...]:
         snapshot, autocast = circumstances
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            for kind in _KINDS:
-                dtype = dict(autocast).get(kind)
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None))
+        with torch.enable_grad(), under(autocast):
             return self.body(snapshot, arguments)
-
-
-_KINDS = ("cpu", "cuda")
-
-
-def autocast_now() -> Autocast:
-    """Where autocast is on."""
-    return tuple((k, torch.get_autocast_dtype(k)) for k in _KINDS if torch.is_autocast_enabled(k))
 
 
 def may_run_twice(graph: LocalGraph, subgraph: Subgraph) -> bool:

@@ -7,7 +7,7 @@ from 1.5 to 3 units of the last place of 1. The forward pass keeps its own tanh.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from math import prod
 from timeit import repeat
 from typing import Any
@@ -67,5 +67,5 @@ def _pays(difference: Any, tanh: Any) -> bool:
 def tanh_is_slow(dtype: torch.dtype) -> bool:
     """Whether torch's tanh takes much longer than its sigmoid on this processor; measured once."""
     x = torch.linspace(-3, 3, ENOUGH, dtype=dtype, device="cpu")
-    tanh, sigmoid = (min(repeat(lambda f=f: f(x), number=5, repeat=5)) for f in (torch.tanh, torch.sigmoid))
+    tanh, sigmoid = (min(repeat(partial(f, x), number=5, repeat=5)) for f in (torch.tanh, torch.sigmoid))
     return tanh > SLOW * sigmoid

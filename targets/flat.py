@@ -40,11 +40,11 @@ _DIRECT: dict[str, Callable[..., Any]] = {
 """torch's own functions in place of its operators: the same kernels, called with half the overhead."""
 
 
-def flatten(module: fx.GraphModule, stacked: bool = False) -> Callable[..., Any]:
+def flatten(module: fx.GraphModule, *, lowered: bool = False, stacked: bool = False) -> Callable[..., Any]:
     """The function that `module` computes, for as long as the user's model has the same parameter objects.
 
-    Buffers and feedback maps are looked up when it runs. stacked: of a lowered graph with batches, whose stacks are
-    large enough that they had better stay in one place.
+    Buffers and feedback maps are looked up when it runs. lowered: of operators without autograd, which may write over
+    what nothing else reads. stacked: some are batches, whose stacks had better stay in one place.
     """
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     bound = SimpleNamespace(**dict(module.named_children()))
@@ -71,8 +71,9 @@ def flatten(module: fx.GraphModule, stacked: bool = False) -> Callable[..., Any]
     _take_apart(graph)
     _join_linear(graph, bound)
     _bind_numbers(graph, bound)
-    if stacked:
+    if lowered:
         reuse(graph)
+    if stacked:
         lend(graph, bound)
     return _compile(graph, bound)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class _ThroughTwin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *errors: Tensor) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
+        saved = iter(_in_dtype(errors[0].dtype, ctx.saved_tensors))
         pairs = [(next(saved), next(saved)) if tensor else (x, x)
                  for tensor, x in zip(ctx.is_tensor, ctx.constants, strict=True)]  # fmt: skip
         wanted = ctx.needs_input_grad[3:]
@@ -70,6 +71,11 @@ class _ThroughTwin(torch.autograd.Function):
             _derive(ctx, [own for own, _ in pairs], errors[0], weights, found)
             _derive(ctx, [twin for _, twin in pairs], errors[0], activations, found)
         return None, None, None, *found
+
+
+def _in_dtype(dtype: torch.dtype, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The tensors as the operator took them: autocast casts to the dtype that its result has, and the error."""
+    return (x.to(dtype) if x.is_floating_point() and x.dtype is not dtype else x for x in tensors)
 
 
 def _derive(ctx: Any, leaves: list[Any], error: Tensor, sought: list[int], found: list[Tensor | None]) -> None:

@@ -398,3 +398,53 @@ def test_saved_activations_are_released(rule, end, target):
         assert saved.alive == 0
     finally:
         gc.enable()
+
+
+# Several forward passes before a backward pass
+
+
+def normalized() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+@pytest.mark.parametrize("target", ["eager", "auto", "lowered", "streams"])
+def test_batch_norm_takes_several_forward_passes_before_the_backward_pass(target):
+    """As in Siamese nets; here some of them run eagerly and others are lowered, whose batch sizes were seen before."""
+    eager, batches = normalized(), [torch.randn(n, 6, dtype=torch.float64) for n in (8, 8, 5, 8, 5)]
+    local = graphlocal.compile(normalized(), example_inputs=batches[0], rule="backprop", target=target)
+    for _ in range(3):
+        for module in (local, eager):
+            module.zero_grad()
+            sum(module(x).square().mean() for x in batches).backward()
+        for p, q in zip(local.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        for p, q in zip(local.original.buffers(), eager.buffers(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
+@pytest.mark.parametrize("rule", RULES)
+def test_torch_compile_leaves_a_training_step_as_it_is(rule):
+    torch.manual_seed(0)
+    inner, plain = normalized(), normalized()
+    x = torch.randn(8, 6, dtype=torch.float64)
+    locals_ = [graphlocal.compile(model, example_inputs=x, rule=rule) for model in (inner, plain)]
+    locals_[0].load_state_dict(locals_[1].state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def step(module: nn.Module) -> Tensor:
+        loss = (module(x) * 2).square().mean()
+        loss.backward()
+        return loss
+
+    compiled = torch.compile(step, backend="eager")
+    for _ in range(3):  # run eagerly, then lowered
+        for module in locals_:
+            module.zero_grad()
+        assert torch.equal(compiled(locals_[0]), step(locals_[1]))
+        assert_same(collected(locals_[0].original), collected(plain), rtol=0, atol=0)
+    assert torch._dynamo.utils.counters["frames"]["total"] < 20  # it was hundreds, of this library's own code
+    locals_[0].eval()
+    assert torch.equal(torch.compile(locals_[0], backend="eager")(x), inner(x))
