@@ -28,6 +28,7 @@ from graphlocal.targets.shared_errors import sum_positions
 from graphlocal.targets.stacked_updates import stack_updates
 from graphlocal.targets.stacking import ALL, GPU, Stacking
 from graphlocal.targets.streams import streamed
+from graphlocal.targets.telling import telling
 from graphlocal.targets.training_graph import TrainingGraph, split
 
 MANY_SHAPES = 8
@@ -46,6 +47,7 @@ class Passes:
 
     taken: for which outputs `error` must be given one; None if any will do. lowered: what they were made from, if
     they are fused and for target="streams". casts: autocast's casts are among their operators, so it must be off.
+    telling: the places of the weights' updates that hold NaN if any does, where that is known.
     """
 
     forward: Callable[..., Any]
@@ -53,6 +55,7 @@ class Passes:
     taken: tuple[bool, ...] | None = None
     lowered: TrainingGraph | None = None
     casts: bool = False
+    telling: tuple[int, ...] | None = None
 
     @cached_property
     def overlap(self) -> Overlap | None:
@@ -153,7 +156,7 @@ class Execution:
         if self.target in ("auto", "batched"):
             lowered, plain = self._batched(lowered, plain, leaves, autocast)
         passes = self._fused(lowered, plain, fused)
-        return replace(passes, casts=bool(autocast))
+        return replace(passes, casts=bool(autocast), telling=None if fused else telling(split(lowered)[1]))
 
     def _fused(self, lowered: TrainingGraph, plain: Passes, fused: bool) -> Passes:
         if self.target == "inductor":

@@ -410,7 +410,8 @@ class LocalStep:
         if rule.needs_losses and self.labels is None:
             self.labels, self.local.losses = (self.local.losses,), None
         weights, feedback, inputs = self.run.error_pass(aligned, retain=retain, labels=self.labels or ())
-        if self.local.check_finite and not are_numbers(weights):
+        places = self.run.passes.telling
+        if self.local.check_finite and not are_numbers(weights if places is None else [weights[i] for i in places]):
             norms = UpdateNorms()
             norms.add(self.training.weights, weights)
             require_finite(self.compiled, aligned, norms)

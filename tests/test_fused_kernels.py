@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn, optim
 from torch.nn.functional import cross_entropy
 
 import graphlocal
+import zoo
 from graphlocal.errors import LocalTrainingError
 from graphlocal.finite import UpdateNorms, are_numbers
 from graphlocal.partial_optimizer import Gathering, PartialOptimizer
@@ -316,3 +317,32 @@ def test_the_look_for_nan_is_no_change_to_autograd():
     with torch.inference_mode():
         made = torch.randn(3)
     assert are_numbers([made])
+
+
+@pytest.mark.parametrize("rule", ["backprop", "rec-lra", "fa"])
+@pytest.mark.parametrize("name", ["mlp", "vit", "small_resnet", "tied_weight"])
+def test_nan_in_any_update_shows_in_those_that_are_looked_at(name, rule):
+    model = zoo.MODELS[name]
+    local = graphlocal.compile(
+        model.make(), example_inputs=model.example(), rule=rule, partition="leaf", target="lowered"
+    )
+    leaves = list(model.example()) if isinstance(model.example(), tuple) else list(model.example().values())
+    outputs, saved = local.compiled.execution.run(leaves, False).passes.forward(*leaves)
+    (passes,) = local.compiled.execution._passes.values()
+    count = len(local.compiled.training.weights)
+    assert len(passes.telling) <= count
+    assert len(passes.telling) == count / 2 or name != "mlp"  # the weights, and no bias
+
+    def nan_somewhere(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        value = value.detach().clone()
+        value[tuple(int(torch.randint(size, ())) for size in value.shape)] = torch.nan
+        return value
+
+    for place in range(len(saved) + 1):  # the error of the output, too
+        spoilt = [nan_somewhere(x) if i == place else x for i, x in enumerate(saved)]
+        errors = [torch.randn_like(z) for z in outputs]
+        updates, _, _ = passes.error(spoilt, [nan_somewhere(e) if place == len(saved) else e for e in errors], False)
+        hold = [bool(update.isnan().any()) for update in updates]
+        assert any(hold) == any(hold[i] for i in passes.telling)
