@@ -80,6 +80,7 @@ class Execution:
         self.taken = compiled.differentiable  # the outputs that the last loss sent an error
         self._shapes: set[Any] = set()
         self._passes: dict[Any, Passes] = {}
+        self._last: tuple[Any, tuple[bool, ...], bool, Passes] | None = None  # found last, and under what key
         self.batches = self.shared_errors = 0
         self.sums_positions = True
         self.many_outputs = sum(compiled.differentiable) > 1
@@ -119,13 +120,18 @@ class Execution:
         return found
 
     def _lowered(self, leaves: Sequence[Any], fused: bool, shapes: Any) -> Passes | None:
+        last = self._last
         autocast: Autocast = ()
+        if last is not None and last[0] is shapes and last[1:3] == (self.taken, fused) and not amp.is_on():
+            return last[3]
         if amp.is_on():
             autocast = autocast_now()
             shapes = shapes, autocast
         key = shapes, self.taken, fused
         found = self._passes.get(key)
         if found is not None:
+            if not autocast:
+                self._last = shapes, self.taken, fused, found
             return found
         seen = shapes in self._shapes
         if len(self._shapes) < MANY_SHAPES:

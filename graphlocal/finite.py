@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from graphlocal.errors import LocalTrainingError
 
 FEW = 24
 """So many numbers are added up faster in Python than by torch."""
+
+
+SO_FEW = 4
+"""So many tensors are looked at faster one by one, by what the step has just called anyway."""
 
 
 class UpdateNorms:
@@ -60,8 +64,10 @@ class UpdateNorms:
 
 def are_numbers(updates: Iterable[Tensor | None]) -> bool:
     """Whether no update holds NaN; sparse ones are let pass."""
-    dense = [g.data for g in updates if g is not None and not g.is_sparse]
-    return not dense or _all_finite(dense) or not math.isnan(_total(torch._foreach_norm(dense)))
+    dense = [g for g in updates if g is not None and not g.is_sparse]
+    if len(dense) <= SO_FEW and all(map(_IS_CPU, dense)):
+        return not math.isnan(sum(map(Tensor.item, map(_norm, dense))))
+    return _all_finite([g.data for g in dense]) or not math.isnan(_total(torch._foreach_norm(dense)))
 
 
 def _all_finite(updates: list[Tensor]) -> bool:
@@ -89,7 +95,8 @@ _found = torch.zeros_like(_ONE)
 """0 as long as no look has found anything; then a new one takes its place."""
 
 
-_IS_CUDA = operator.attrgetter("is_cuda")
+_IS_CPU, _IS_CUDA = operator.attrgetter("is_cpu"), operator.attrgetter("is_cuda")
+_norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
 
 
 def _total(norms: Sequence[Tensor]) -> float:

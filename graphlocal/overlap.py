@@ -308,4 +308,4 @@ def _state(local: LocalModule) -> tuple[Any, ...]:
     """What the user's code may have changed: tensors by their versions, modes, frozen parameters."""
     held = (*local.original.parameters(), *local.original.buffers(), *local.error_weights.parameters(),
             *local.error_weights.buffers())  # fmt: skip
-    return local.training, local._state(), [(id(t), t._version, t.data_ptr()) for t in held]
+    return local.training, local._watch.state(), [(id(t), t._version, t.data_ptr()) for t in held]

@@ -7,9 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,12 +27,18 @@ from graphlocal.preserve import training_mode, undone_on
 from graphlocal.statistics_lag import StatisticsLag
 from graphlocal.targets import exports
 from graphlocal.targets.show import Drawing, draw, write
+from graphlocal.watch import ModelWatch, State
 
 MANY_RECOMPILATIONS = 8
 
 
-_State = tuple[torch.device, torch.dtype, list[bool], list[bool]]
-"""Of a model: the device and dtype of its first parameter, the modes of its modules, which parameters learn."""
+class _Last(NamedTuple):
+    """What the compilation of the last forward pass was chosen by."""
+
+    compiled: Compiled
+    spec: pytree.TreeSpec
+    inputs: tuple[Any, ...]
+    model: list[Any]
 
 
 class LocalModule(nn.Module):
@@ -77,22 +82,11 @@ class LocalModule(nn.Module):
 
     def _reset(self, binder: Binder) -> None:
         self._binder = binder
-        self._cache: list[tuple[_State, Compiled]] = []
-        self._last: tuple[tuple[_State, Compiled], Any] | None = None  # the entry used last, and for what arguments
-        self._last_spec: pytree.TreeSpec | None = None
+        self._cache: list[tuple[State, Compiled]] = []
+        self._last: _Last | None = None
         self._recompilations = 0
         self._lag = StatisticsLag(self.original)
-        self._watch()
-
-    def _watch(self) -> None:
-        """Take note of the model's modules and parameters, the ones that it has now."""
-        self._watched = list(self.original.modules())
-        self._weights = list(self.original.parameters())
-        self._dicts: list[dict[str, Any]] = [
-            d for module in self._watched for d in (module._modules, module._parameters)
-        ]
-        self._structure = self._identities()
-        self._lag.look()
+        self._watch = ModelWatch(self.original)
 
     # What was compiled.
 
@@ -148,7 +142,7 @@ class LocalModule(nn.Module):
     def _for_training(self) -> Compiled:
         """The compilation for the modes and the frozen parameters that the model has now."""
         last = self.compiled
-        state = self._state()
+        state = self._watch.state()
         found = next((compiled for known, compiled in self._cache if known == state), None)
         if found is not None:
             return found
@@ -185,38 +179,39 @@ class LocalModule(nn.Module):
             return self.original(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(LocalModule.forward)(self, *args, **kwargs)
-        self._look_for_changes()
-        state = self._state()
-        if True not in state[-1]:  # nothing learns
-            return self.original(*args, **kwargs)
-        if self.options.rule.engine != "schedule":
-            require_schedule(self.options.rule)
         leaves, spec = self._binder.flatten(args, kwargs)
-        compiled, run = self._run_state(leaves, spec, state, fused=False)
+        found = self._run_again(leaves, spec, fused=False)
+        if found is None:
+            if not any(p.requires_grad for p in self.original.parameters()):  # nothing learns
+                return self.original(*args, **kwargs)
+            if self.options.rule.engine != "schedule":
+                require_schedule(self.options.rule)
+            found = self._run_first(leaves, spec, fused=False)
+        compiled, run = found
         return self._unflatten(compiled, LocalStep(self, compiled, run, leaves).attach())
 
     def _forward_pass(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Run]:
         """Run all subgraphs of the compilation that fits the call and its data."""
-        self._look_for_changes()
-        return self._run_state(leaves, spec, self._state(), fused=fused)
+        return self._run_again(leaves, spec, fused=fused) or self._run_first(leaves, spec, fused=fused)
 
-    def _run_state(
-        self, leaves: list[Any], spec: pytree.TreeSpec, state: _State, *, fused: bool
-    ) -> tuple[Compiled, Run]:  # fmt: skip
-        """The same for a model that was looked at just before, and found in this state."""
+    def _run_again(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Run] | None:
+        """The same, at little cost, if all is as it was in the last call; else None."""
+        last = self._last
+        if last is None or last.spec is not spec or not self._cache or last.compiled is not self._cache[0][1]:
+            return None
+        if last.inputs != signature(leaves) or last.model != self._watch.looks():
+            return None
+        if not self._lag.due():
+            return last.compiled, last.compiled.execution.run(leaves, fused, last.inputs)
+        with self._lag.watching():
+            return last.compiled, last.compiled.execution.run(leaves, fused, last.inputs)
+
+    def _run_first(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Run]:
+        """The same for a call that may differ from the last one, which this one becomes."""
         known = signature(leaves)
-        if self._last is not None and self.options.rule.calibration is None:
-            entry, fitting = self._last
-            if self._cache and entry is self._cache[0] and fitting == (known, id(spec)) and entry[0] == state:
-                compiled = entry[1]
-                if not self._lag.due():
-                    return compiled, compiled.execution.run(leaves, fused, known)
-                with self._lag.watching():
-                    return compiled, compiled.execution.run(leaves, fused, known)
         run: tuple[Compiled, Run] = self._run_fitting(leaves, spec, lambda c: c.execution.run(leaves, fused, known))
-        if None not in known and not run[0].guarded and run[0] is self._cache[0][1]:
-            self._last = self._cache[0], (known, id(spec))
-            self._last_spec = spec  # so that no other one gets its id
+        repeats = self.options.rule.calibration is None and not run[0].guarded and None not in known
+        self._last = _Last(run[0], spec, known, self._watch.looks()) if repeats else None
         return run
 
     def _run_fitting(
@@ -242,13 +237,10 @@ class LocalModule(nn.Module):
 
     def _look_for_changes(self) -> None:
         """Forget what was compiled if a layer or a parameter was replaced."""
-        if self._identities() != self._structure:
+        if self._watch.replaced():
             self._cache.clear()
-            self._watch()
-
-    def _identities(self) -> list[int]:
-        """Of every submodule and parameter, in order."""
-        return list(map(id, chain.from_iterable(map(dict.values, self._dicts))))
+            self._watch.renew()
+            self._lag.look()
 
     def _calibration_is_due(self) -> bool:
         """Whether this step is a calibration; counts it."""
@@ -264,7 +256,7 @@ class LocalModule(nn.Module):
 
     def _fitting(self, leaves: list[Any], spec: pytree.TreeSpec) -> Iterator[Compiled]:
         """The compilations for calls like this one, the last used first; at last a new one."""
-        state = self._state()
+        state = self._watch.state()
         dynamic: set[tuple[int, int]] = set()
         for entry in list(self._cache):
             compiled_state, compiled = entry
@@ -281,17 +273,10 @@ class LocalModule(nn.Module):
 
     def _known(self, leaves: list[Any], spec: pytree.TreeSpec) -> Compiled | None:
         """The compilation for calls like this one, if there is one yet."""
-        if self._identities() != self._structure:
+        if self._watch.replaced():
             return None
-        state = self._state()
+        state = self._watch.state()
         return next((c for known, c in self._cache if known == state and c.mismatch(leaves, spec) is None), None)
-
-    def _state(self) -> _State:
-        """What a compilation depends on besides the inputs: device and dtype, modes, parameters that are not frozen."""
-        first = self._weights[0] if self._weights else torch.empty(0)
-        return (
-            first.device, first.dtype, [m.training for m in self._watched], [p.requires_grad for p in self._weights],
-        )  # fmt: skip
 
     def _recompile(self, leaves: list[Any], spec: pytree.TreeSpec, dynamic: set[tuple[int, int]]) -> Compiled:
         arguments = self._binder.arguments(*pytree.tree_unflatten(leaves, spec))
@@ -308,7 +293,7 @@ class LocalModule(nn.Module):
         return compiled
 
     def _remember(self, compiled: Compiled) -> None:
-        self._cache.insert(0, (self._state(), compiled))
+        self._cache.insert(0, (self._watch.state(), compiled))
 
     def _unflatten(self, compiled: Compiled, flat: Sequence[Any]) -> Any:
         if compiled.returns_one:
@@ -345,10 +330,7 @@ class LocalModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = (
-            "_binder", "_cache", "_last", "_last_spec", "_watched", "_weights", "_dicts", "_structure",
-            "_recompilations", "_lag",
-        )  # fmt: skip
+        derived = ("_binder", "_cache", "_last", "_recompilations", "_lag", "_watch")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

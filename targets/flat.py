@@ -70,6 +70,7 @@ def flatten(module: fx.GraphModule, *, lowered: bool = False, stacked: bool = Fa
             copied[node] = graph.node_copy(node, copied.__getitem__)
     _take_apart(graph)
     _join_linear(graph, bound)
+    _join_clamped(graph, bound)
     _bind_numbers(graph, bound)
     if lowered:
         reuse(graph)
@@ -122,7 +123,15 @@ def _table(module: nn.Module, target: str) -> dict[str, Any] | None:
 
 
 def _join_linear(graph: fx.Graph, bound: SimpleNamespace) -> None:
-    """`addmm(bias, x, t(weight))` of parameters as `linear`, which is the same kernel without a view made in Python."""
+    """`addmm(bias, x, t(weight))` of parameters, and `mm(x, t(weight))`, as `linear`: the same kernels without a view
+    made in Python.
+    """
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)):
+        x, transposed = node.args
+        if isinstance(transposed, fx.Node) and transposed.target is torch.ops.aten.t.default:
+            node.target, node.args = torch.ops.aten.linear.default, (x, transposed.args[0])
+            if not transposed.users:
+                graph.erase_node(transposed)
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)):
         bias, x, transposed = node.args
         if node.kwargs or not isinstance(transposed, fx.Node) or transposed.target is not torch.ops.aten.t.default:
@@ -133,18 +142,52 @@ def _join_linear(graph: fx.Graph, bound: SimpleNamespace) -> None:
                 graph.erase_node(transposed)
 
 
+def _join_clamped(graph: fx.Graph, bound: SimpleNamespace) -> None:
+    """`clamp_min(norm * c, tiny)` as `tiny + c * norm`: the same number in one call, unless it is about as small."""
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.clamp_min.default)):
+        product, least = node.args
+        if (
+            not isinstance(product, fx.Node)
+            or product.target is not torch.ops.aten.mul.Tensor
+            or len(product.users) > 1
+        ):
+            continue
+        norm, factor = product.args
+        value = node.meta.get("val")
+        if not isinstance(norm, fx.Node) or norm.target is not torch.ops.aten.linalg_vector_norm.default:
+            continue
+        if isinstance(factor, (int, float)) and factor > 0 and _on_cpu(value) and 0 < least <= _tiny(value):
+            with graph.inserting_before(node):
+                node.args = (_number(graph, bound, least, value.dtype), norm)
+            node.target, node.kwargs = torch.ops.aten.add.Tensor, {"alpha": factor}
+            graph.erase_node(product)
+
+
+def _on_cpu(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _tiny(value: torch.Tensor) -> float:
+    return float(torch.finfo(value.dtype).tiny)
+
+
+def _number(graph: fx.Graph, bound: SimpleNamespace, number: float, dtype: torch.dtype) -> fx.Node:
+    """A number as a tensor that is made once."""
+    name = f"number{len(vars(bound))}"
+    setattr(bound, name, torch.tensor(number, dtype=dtype, device="cpu"))
+    return graph.get_attr(name)
+
+
 def _bind_numbers(graph: fx.Graph, bound: SimpleNamespace) -> None:
     """Numbers that tensors are added to or multiplied with, made into tensors once and not at every call."""
     for target in (torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor):
         for node in list(graph.find_nodes(op="call_function", target=target)):
             value, number = node.meta.get("val"), node.args[1]
-            if node.kwargs or not isinstance(number, (int, float)) or not isinstance(value, torch.Tensor):
-                continue
-            if value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64):
-                name = f"number{len(vars(bound))}"
-                setattr(bound, name, torch.tensor(number, dtype=value.dtype, device="cpu"))
+            if not node.kwargs and isinstance(number, (int, float)) and _on_cpu(value):
                 with graph.inserting_before(node):
-                    node.args = (node.args[0], graph.get_attr(name))
+                    node.args = (node.args[0], _number(graph, bound, number, value.dtype))
 
 
 def _compile(graph: fx.Graph, bound: SimpleNamespace) -> Callable[..., Any]:

@@ -1,0 +1,69 @@
+"""What a compilation depends on besides the inputs, looked at before every training step."""
+
+from __future__ import annotations
+
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+State = tuple[torch.device, torch.dtype, list[bool], list[bool]]
+"""Of a model: the device and dtype of its first parameter, the modes of its modules, which parameters learn."""
+
+_PLACE = attrgetter("device", "dtype")
+_MODE, _LEARNS = attrgetter("training"), attrgetter("requires_grad")
+
+
+class ModelWatch:
+    """Looks at a model's modules and parameters for changes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.renew()
+
+    def renew(self) -> None:
+        """Take note of the modules and parameters that the model has now."""
+        self.modules = list(self.model.modules())
+        self.weights = list(self.model.parameters())
+        self._with_modes = [m for m in self.modules if not _is_torchs(m) or _reads_mode(m)]
+        self._dicts: list[dict[str, Any]] = [
+            d for m in self.modules for d in (m._modules, m._parameters) if d or not _is_torchs(m)
+        ]
+        self.structure = self._identities()
+
+    def replaced(self) -> bool:
+        """Whether a module or a parameter is another one than it was."""
+        return self._identities() != self.structure
+
+    def state(self) -> State:
+        """What a compilation is chosen by, as long as nothing is replaced."""
+        first = self.weights[0] if self.weights else torch.empty(0)
+        return first.device, first.dtype, list(map(_MODE, self.modules)), list(map(_LEARNS, self.weights))
+
+    def looks(self) -> list[Any]:
+        """Structure and state in one list, which is quickly made and compared; without modes that change nothing."""
+        first = self.weights[:1]
+        return [
+            *map(_PLACE, first), *map(_MODE, self._with_modes), *map(_LEARNS, self.weights), *self._identities()
+        ]  # fmt: skip
+
+    def _identities(self) -> list[int]:
+        """Of every submodule and parameter, in order."""
+        return list(map(id, chain.from_iterable(map(dict.values, self._dicts))))
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether a module is one of torch's layers, whose forward is known, and has no hooks."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not (
+        module._forward_hooks or module._forward_pre_hooks
+    )
+
+
+def _reads_mode(layer: nn.Module) -> bool:
+    """Whether anything in the code of one of torch's layers looks at its training mode."""
+    classes = type(layer).__mro__
+    own = classes[: classes.index(nn.Module)]
+    functions = [f for cls in own for f in vars(cls).values() if hasattr(f, "__code__")]
+    return any("training" in f.__code__.co_names for f in functions)
