@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from graphlocal.errors import InputError
 
+Module = TypeVar("Module", bound=nn.Module)
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
 
@@ -126,6 +128,19 @@ class Binder:
         leaves = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for _, x in paths)
         args, kwargs = pytree.tree_unflatten(list(leaves), spec)
         return Arguments(args, kwargs, leaves, names, spec)
+
+
+def with_signature(kind: type[Module], signature: inspect.Signature) -> type[Module]:
+    """The class, by the same name, with a `forward` that shows the signature of another model's.
+
+    Training loops look there to see which inputs a model takes; transformers' Trainer gives it no others.
+    """
+    own: Any = kind.forward
+    forward: Any = FunctionType(own.__code__, own.__globals__, "forward", own.__defaults__)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+    names = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), {"forward": forward, **names})
 
 
 def _leaf_name(path: tuple[Any, ...], parameters: list[str]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from graphlocal.arguments import Binder, ExampleInputs
+from graphlocal.arguments import Binder, ExampleInputs, with_signature
 from graphlocal.artefact.write import write_model
 from graphlocal.compiler import COMPUTED, Compiled, Options, build, require_schedule
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
@@ -82,6 +82,7 @@ class LocalModule(nn.Module):
 
     def _reset(self, binder: Binder) -> None:
         self._binder = binder
+        self.__class__ = with_signature(LocalModule, binder.signature)
         self._cache: list[tuple[State, Compiled]] = []
         self._last: _Last | None = None
         self._recompilations = 0
@@ -336,6 +337,9 @@ class LocalModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._reset(Binder(self.original))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return LocalModule.__new__, (LocalModule,), self.__getstate__()
 
     def extra_repr(self) -> str:
         return f"rule={self.options.rule}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -448,3 +450,21 @@ def test_torch_compile_leaves_a_training_step_as_it_is(rule):
     assert torch._dynamo.utils.counters["frames"]["total"] < 20  # it was hundreds, of this library's own code
     locals_[0].eval()
     assert torch.equal(torch.compile(locals_[0], backend="eager")(x), inner(x))
+
+
+# What training loops look at
+
+
+@pytest.mark.parametrize("how", ["made", "copied", "pickled"])
+def test_a_compiled_model_shows_the_signature_of_the_model(how):
+    """transformers' Trainer hands on the columns that `forward` names, and finds labels by the class's `forward`."""
+    module = Bigger(zoo.MODELS["mlp"].make())
+    local = graphlocal.compile(module, example_inputs=torch.randn(4, 5))
+    if how != "made":
+        local = copy.deepcopy(local) if how == "copied" else pickle.loads(pickle.dumps(local))
+    assert inspect.signature(local.forward) == inspect.signature(module.forward)
+    assert list(inspect.signature(type(local).forward).parameters) == ["self", "x"]
+    assert isinstance(local, graphlocal.LocalModule)
+    assert type(local).__name__ == "LocalModule"
+    local(torch.randn(4, 5)).sum().backward()
+    assert all(p.grad is not None for p in local.parameters())
