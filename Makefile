@@ -2,7 +2,7 @@
 # make test    set up .venv, lint, and run the tests
 # make test-all   also what is tested on some models by default, on every model (an hour)
 # make browser   the example that trains in a browser tab, into the folder site
-# make zoo     set up .venv with timm and transformers, and measure every model of the zoo (an hour)
+# make zoo     set up .venv with timm, transformers and accelerate, and measure every model of the zoo (an hour)
 # make zoo-smoke   the same for twenty of them
 # PYTHON names the interpreter that .venv is made with: make test PYTHON=python3.12
 
@@ -88,7 +88,7 @@ $(VENV)/.test: $(VENV)/.torch $(SETUP)
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.zoo: $(VENV)/.test
-	$(INSTALL) --quiet transformers
+	$(INSTALL) --quiet transformers accelerate
 	$(INSTALL) --quiet --no-deps timm
 	@touch $@
 

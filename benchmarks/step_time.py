@@ -77,6 +77,7 @@ def ways(case: Case, options: argparse.Namespace) -> dict[str, Step]:
         "rec-lra": plain(local("auto")),
         "rec-lra, fused": fused(local("auto")),
         "rec-lra leaf, fused": fused(local("leaf")),
+        "rec-lra leaf, sparse E, fused": fused(local("leaf", rule=SPARSE)),
     }
     if options.compiled:
         found["backprop, compiled"] = plain(torch.compile(copy.deepcopy(start)))
@@ -85,7 +86,6 @@ def ways(case: Case, options: argparse.Namespace) -> dict[str, Step]:
             found["backprop, compiled, layout kept"] = plain(torch.compile(copy.deepcopy(start), options=kept))
         found["rec-lra, fused, inductor"] = fused(local("auto", "inductor"))
         found["rec-lra leaf, fused, inductor"] = fused(local("leaf", "inductor"))
-        found["rec-lra leaf, sparse E, fused, inductor"] = fused(local("leaf", "inductor", SPARSE))
     if importlib.util.find_spec("biotorch") is not None:
         try:
             step = plain(_biotorch(copy.deepcopy(start)))

@@ -25,7 +25,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     restored by reference), the values of the buffers, `grad` of the parameters, and the random state. Autograd takes no
     notice: what an earlier forward pass keeps stays as good as it was.
     """
-    with unnoticed(model.buffers()), _restored(model):
+    with unnoticed(model.buffers()), restored(model):
         yield
 
 
@@ -38,7 +38,8 @@ def unnoticed(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
+    """The same where a forward pass inside is followed by its backward pass outside."""
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     registries = [
         (registry, dict(registry))
@@ -57,7 +58,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(values)
         for registry, entries in registries:
             _refill(registry, entries)
-        with torch.no_grad():
+        with torch.no_grad(), unnoticed(buffer for buffer, _ in buffers):
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)

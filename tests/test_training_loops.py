@@ -425,6 +425,33 @@ def test_batch_norm_takes_several_forward_passes_before_the_backward_pass(target
             assert torch.equal(p, q)
 
 
+class TwoHeads(nn.Module):
+    """Two outputs, of which a loss may read one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.first, self.second = normalized(), nn.Linear(3, 2).double(), nn.Linear(3, 4).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x)
+        return self.first(h), self.second(h)
+
+
+@pytest.mark.parametrize("target", ["auto", "lowered"])
+def test_losses_on_other_outputs_than_before_take_several_forward_passes(target):
+    torch.manual_seed(1)
+    eager, x = TwoHeads(), torch.randn(8, 6, dtype=torch.float64)
+    local = graphlocal.compile(copy.deepcopy(eager), example_inputs=x, rule="backprop", target=target)
+    for read in ((0,), (0, 1), (1,), (0,), (0, 1)):
+        for module in (local, eager):
+            module.zero_grad()
+            outputs = module(x), module(x + 1)
+            sum(heads[i].square().sum() for heads in outputs for i in read).backward()
+        assert_same(collected(local.original), collected(eager))
+        for p, q in zip(local.original.buffers(), eager.buffers(), strict=True):
+            assert torch.equal(p, q)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
 @pytest.mark.parametrize("rule", RULES)
 def test_torch_compile_leaves_a_training_step_as_it_is(rule):
