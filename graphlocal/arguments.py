@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 from graphlocal.errors import InputError
 
+UNSIGNED = "_unsigned"
+"""The name under which a class of `with_signature` has the one that it was made of."""
+
 Module = TypeVar("Module", bound=nn.Module)
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -136,11 +139,12 @@ def with_signature(kind: type[Module], signature: inspect.Signature) -> type[Mod
     Training loops look there to see which inputs a model takes; transformers' Trainer gives it no others.
     """
     own: Any = kind.forward
-    forward: Any = FunctionType(own.__code__, own.__globals__, "forward", own.__defaults__)
+    forward: Any = FunctionType(own.__code__, own.__globals__, "forward", own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
     names = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), {"forward": forward, **names})
+    return type(kind.__name__, (kind,), {"forward": forward, UNSIGNED: kind, **names})
 
 
 def _leaf_name(path: tuple[Any, ...], parameters: list[str]) -> str:

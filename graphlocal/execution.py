@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphlocal.preserve import preserved, restored, unnoticed
-from graphlocal.targets import autocast as amp
+from graphlocal import autocast as amp
+from graphlocal.autocast import Autocast, autocast_now, under
+from graphlocal.preserve import preserved
 from graphlocal.targets.accesses import annotate
-from graphlocal.targets.autocast import Autocast, autocast_now, under
 from graphlocal.targets.batched import batched
 from graphlocal.targets.compilation import Compilation
 from graphlocal.targets.fast_tanh import replace_tanh
@@ -38,7 +38,7 @@ _RECURRENT = re.compile(r"aten\.(lstm|gru|rnn_tanh|rnn_relu)\.")
 """Whole recurrent layers: one call of a fast kernel, but hundreds of operators once lowered."""
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""The most by which a lowered step may differ from the eager one, relative to the largest entry; 0.05 otherwise."""
+"""The most by which a lowered step may differ from the eager one, relative to the largest entry; else 0.05."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Execution:
         self.compiled, self.target = compiled, target
         self._strict = target not in ("auto", "eager")
         self.not_lowered: NotLowered | None = None
+        self._refused: set[Autocast] = set()  # under which nothing can be lowered
         self.taken = compiled.differentiable  # the outputs that the last loss sent an error
         self._shapes: set[Any] = set()
         self._passes: dict[Any, Passes] = {}
@@ -105,6 +106,8 @@ class Execution:
 
     def run(self, leaves: list[Any], fused: bool, known: Any = None) -> Run:
         """Run the forward pass on these flattened arguments. known: their signature, where the caller has it."""
+        if amp.is_on():
+            torch.clear_autocast_cache()  # of the weights that the last step changed
         passes = self._lowered(leaves, fused, known or signature(leaves)) if self.not_lowered is None else None
         return Run(self, passes or self.eager(fused), leaves, fused)
 
@@ -126,6 +129,8 @@ class Execution:
             return last[3]
         if amp.is_on():
             autocast = autocast_now()
+            if not autocast or autocast in self._refused:  # on a kind of device that is not known; or in vain
+                return None
             shapes = shapes, autocast
         key = shapes, self.taken, fused
         found = self._passes.get(key)
@@ -143,7 +148,10 @@ class Execution:
             with amp.off():
                 self._passes[key] = self._lower(leaves, fused, autocast)
         except NotLowered as error:
-            self.not_lowered = error
+            if autocast:
+                self._refused.add(autocast)
+            else:
+                self.not_lowered = error
             if self._strict:
                 raise
         return self._passes.get(key)
@@ -232,11 +240,10 @@ class Execution:
             found = self._one_step(lowered, leaves)
         except RuntimeError as error:
             raise NotLowered("the lowered graph does not run", why=str(error).splitlines()[0]) from error
-        in_half = {dtype for _, dtype in autocast}
-        updates = [u for name, u in expected.items() if name.startswith("update") and isinstance(u, Tensor)]
-        largest = max((float(u.abs().max()) for u in updates if u.numel() and not u.is_sparse), default=0.0)
+        short = {dtype for _, dtype in autocast}
+        largest = _largest([value for name, value in expected.items() if name.startswith("update")])
         for name in expected:
-            if not _alike(expected[name], found[name], in_half, largest):
+            if not _alike(expected[name], found[name], short, largest if name.startswith("update") else 0.0):
                 raise NotLowered(
                     f"the lowered graph gives another {name} than the eager one",
                     why="an operator computes something else on tensors without data",
@@ -272,8 +279,8 @@ class Run:
     """One forward pass, and the error pass that answers it.
 
     outputs: flattened. saved: what the error pass reads; None once it has freed it. autocast: the error pass runs in
-    the state that the forward pass ran in. elsewhere: whoever makes this object runs the forward pass, and sets the
-    first two.
+    the state that the forward pass ran in. scaled: its updates may overflow, which a gradient scaler looks for.
+    elsewhere: whoever makes this object runs the forward pass, and sets the first two.
     """
 
     def __init__(
@@ -281,6 +288,7 @@ class Run:
     ) -> None:
         self.execution, self.passes, self.fused = execution, passes, fused
         self.autocast = autocast_now() if amp.is_on() else ()
+        self.scaled = any(dtype is torch.float16 for _, dtype in self.autocast) if self.autocast else False
         may_differ = passes.taken is not None and execution.many_outputs
         self.start = _Start(execution.compiled, leaves) if may_differ else None
         self.outputs: list[Any]
@@ -335,24 +343,32 @@ class _Start:
 
     def __init__(self, compiled: Compilation, leaves: list[Any]) -> None:
         self.model, self.leaves = compiled.model, leaves
-        self.buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.buffers = {id(buffer): buffer.clone() for buffer in self.model.buffers()}
         self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def forward(self, passes: Passes) -> list[Any]:
         """Run the forward pass again, without a trace on buffers and random state; returns what it saved."""
-        with restored(self.model), torch.enable_grad():
-            with unnoticed(self.model.buffers()):
-                for buffer, value in zip(self.model.buffers(), self.buffers, strict=True):
-                    buffer.detach().copy_(value)
+        with preserved(self.model), torch.enable_grad():
+            for module in self.model.modules():  # others in their place, which the saved values may keep
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = self.buffers.get(id(buffer))
             torch.set_rng_state(self.random[0])
             torch.cuda.set_rng_state_all(self.random[1])
             saved: list[Any] = passes.forward(*self.leaves)[1]
         return saved
 
 
-def _alike(expected: Any, found: Any, in_half: set[torch.dtype], largest: float) -> bool:
-    """in_half: the dtypes of autocast. What is computed in one, or has a short dtype, may differ as its rounding
-    allows, that of the `largest` update too: an update may be a sum of such numbers that cancel.
+def _largest(updates: Sequence[Any]) -> float:
+    """The largest finite number in updates."""
+    dense = [u for u in updates if isinstance(u, Tensor) and u.numel() and not u.is_sparse]
+    return max((float(u.nan_to_num(0.0, 0.0, 0.0).abs().max()) for u in dense), default=0.0)
+
+
+def _alike(expected: Any, found: Any, short: set[torch.dtype], largest: float) -> bool:
+    """Whether two tensors are equal within `TOLERANCE`.
+
+    short: the dtypes of autocast, which counts as if all had them. In short dtypes, an update may also differ by what
+    the `largest` one rounds by: it may be a sum of numbers that cancel.
     """
     if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
         return (expected is None) == (found is None)
@@ -362,7 +378,8 @@ def _alike(expected: Any, found: Any, in_half: set[torch.dtype], largest: float)
         return torch.equal(expected, found)
     if not bool(expected.isfinite().all()):
         return torch.equal(expected.isfinite(), found.isfinite())
-    short = in_half or {expected.dtype} - TOLERANCE.keys()
-    rounding = max((torch.finfo(dtype).eps for dtype in short), default=0.0)
+    short = short or {expected.dtype} - TOLERANCE.keys()
     scale = (0.05 if short else TOLERANCE[expected.dtype]) * float(expected.abs().max())
-    return float((expected - found).abs().max()) <= scale + rounding * largest
+    if short:
+        scale += max(torch.finfo(dtype).eps for dtype in short) * largest
+    return float((expected - found).abs().max()) <= scale

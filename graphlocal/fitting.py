@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from graphlocal import autocast as amp
 from graphlocal.feedback import Layout, layout, weight_names
 from graphlocal.ir import Connection, LocalGraph
 
@@ -189,8 +190,16 @@ def refit(
 ) -> None:  # fmt: skip
     """Renew S (`second`), T (`cross`) and the weights E in place; left as they are if anything is not a number.
 
-    rows: X, the sources side by side. gradient: G.
+    rows: X, the sources side by side. gradient: G. All is computed in float32 at least, under autocast too.
     """
+    with amp.off():
+        _refit(weights, second, cross, rows, gradient, forgetting, ridge)
+
+
+def _refit(
+    weights: Sequence[Tensor], second: Tensor, cross: Tensor, rows: Tensor, gradient: Tensor,
+    forgetting: float, ridge: float,
+) -> None:  # fmt: skip
     dtype = torch.promote_types(second.dtype, torch.float32)
     rows, gradient = rows.to(dtype), gradient.to(dtype)
     largest = rows.abs().amax().clamp_min(torch.finfo(dtype).tiny)

@@ -39,7 +39,7 @@ def unnoticed(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """The same where a forward pass inside is followed by its backward pass outside."""
+    """What `preserved` restores, and autograd notices: for a forward pass inside whose backward pass comes outside."""
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     registries = [
         (registry, dict(registry))
@@ -58,7 +58,7 @@ def restored(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(values)
         for registry, entries in registries:
             _refill(registry, entries)
-        with torch.no_grad(), unnoticed(buffer for buffer, _ in buffers):
+        with torch.no_grad():
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)

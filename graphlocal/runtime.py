@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from graphlocal.arguments import Binder, ExampleInputs, with_signature
+from graphlocal.arguments import UNSIGNED, Binder, ExampleInputs, with_signature
 from graphlocal.artefact.write import write_model
 from graphlocal.compiler import COMPUTED, Compiled, Options, build, require_schedule
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
@@ -50,7 +50,8 @@ class LocalModule(nn.Module):
     they are (`target="inductor"` compiles those), and compiles what is around them, and the original model.
 
     original: the user's model, trained in place. error_weights: the feedback maps E. check_finite: raise
-    LocalTrainingError, naming the subgraph, when an update is not a number. labels: those of the next backward pass,
+    LocalTrainingError, naming the subgraph, when an update is not a number (under float16 autocast a gradient scaler
+    looks for those, and skips the step). labels: those of the next backward pass,
     if the rule has local heads; losses: of its samples, if the rule needs them. Both are used once. calibrating: for
     rules with calibration steps (`rule="auto"`): None lets every N-th forward pass in training mode be one, True or
     False all or none.
@@ -82,12 +83,17 @@ class LocalModule(nn.Module):
 
     def _reset(self, binder: Binder) -> None:
         self._binder = binder
-        self.__class__ = with_signature(LocalModule, binder.signature)
+        self.__class__ = with_signature(self._own_class, binder.signature)
         self._cache: list[tuple[State, Compiled]] = []
         self._last: _Last | None = None
         self._recompilations = 0
         self._lag = StatisticsLag(self.original)
         self._watch = ModelWatch(self.original)
+
+    @property
+    def _own_class(self) -> type[LocalModule]:
+        """The class without the signature of the model."""
+        return getattr(type(self), UNSIGNED, type(self))
 
     # What was compiled.
 
@@ -339,7 +345,7 @@ class LocalModule(nn.Module):
         self._reset(Binder(self.original))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return LocalModule.__new__, (LocalModule,), self.__getstate__()
+        return self._own_class.__new__, (self._own_class,), self.__getstate__()
 
     def extra_repr(self) -> str:
         return f"rule={self.options.rule}"
@@ -396,8 +402,8 @@ class LocalStep:
         if rule.needs_losses and self.labels is None:
             self.labels, self.local.losses = (self.local.losses,), None
         weights, feedback, inputs = self.run.error_pass(aligned, retain=retain, labels=self.labels or ())
-        places = self.run.passes.telling
-        if self.local.check_finite and not are_numbers(weights if places is None else [weights[i] for i in places]):
+        looks, places = self.local.check_finite and not self.run.scaled, self.run.passes.telling
+        if looks and not are_numbers(weights if places is None else [weights[i] for i in places]):
             norms = UpdateNorms()
             norms.add(self.training.weights, weights)
             require_finite(self.compiled, aligned, norms)

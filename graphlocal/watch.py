@@ -27,9 +27,11 @@ class ModelWatch:
         """Take note of the modules and parameters that the model has now."""
         self.modules = list(self.model.modules())
         self.weights = list(self.model.parameters())
-        self._with_modes = [m for m in self.modules if not _is_torchs(m) or _reads_mode(m)]
+        users = [m for m in self.modules if not _is_torchs(m)]
+        all_matter = any(map(_reads_mode, users))  # they may ask for that of another module
+        self._with_modes = [m for m in self.modules if all_matter or not _is_torchs(m) or _reads_mode(m)]
         self._dicts: list[dict[str, Any]] = [
-            d for m in self.modules for d in (m._modules, m._parameters) if d or not _is_torchs(m)
+            d for m in self.modules for d in (m._modules, m._parameters) if d or not _is_torchs(m) or _holds(m)
         ]
         self.structure = self._identities()
 
@@ -55,15 +57,20 @@ class ModelWatch:
 
 
 def _is_torchs(module: nn.Module) -> bool:
-    """Whether a module is one of torch's layers, whose forward is known, and has no hooks."""
+    """Whether a module is one of torch's, whose forward is known, and has no hooks."""
     return type(module).__module__.startswith("torch.nn.modules.") and not (
-        module._forward_hooks or module._forward_pre_hooks
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     )
 
 
-def _reads_mode(layer: nn.Module) -> bool:
-    """Whether anything in the code of one of torch's layers looks at its training mode."""
-    classes = type(layer).__mro__
-    own = classes[: classes.index(nn.Module)]
-    functions = [f for cls in own for f in vars(cls).values() if hasattr(f, "__code__")]
-    return any("training" in f.__code__.co_names for f in functions)
+def _holds(module: nn.Module) -> bool:
+    """Whether a module of torch's is one that others are put into."""
+    return type(module).__module__ in ("torch.nn.modules.container", "torch.nn.modules.module")
+
+
+def _reads_mode(module: nn.Module) -> bool:
+    """Whether anything in a module's code looks at a training mode; True if its code is not known."""
+    classes = type(module).__mro__
+    own = [value for cls in classes[: classes.index(nn.Module)] for value in vars(cls).values()]
+    codes = [value.__code__ for value in own if hasattr(value, "__code__")]
+    return "forward" in module.__dict__ or any("training" in code.co_names for code in codes)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphlocal.autocast import Autocast, autocast_now, under
 from graphlocal.errors import InputError, nearest
 from graphlocal.ir import LocalGraph, Subgraph
 from graphlocal.rules import Rule
-from graphlocal.targets.autocast import Autocast, autocast_now, under
 from graphlocal.targets.bodies import preactivations
 from graphlocal.targets.emit_reread import arguments_of
 from graphlocal.targets.emitter import Emitter

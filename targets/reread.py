@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from graphlocal.errors import InputError
 from graphlocal.ir import LocalGraph, Subgraph
 from graphlocal.opaque import OpaqueLeaf
-from graphlocal.preserve import preserved
+from graphlocal.preserve import restored
 from graphlocal.rules import AligningRule, Neuron
 from graphlocal.targets.bodies import LocalError, add_messages
 from graphlocal.verify.rule import place
@@ -92,7 +92,7 @@ class Body:
         leaves = [leaf for leaf in self.function.children() if isinstance(leaf, OpaqueLeaf)]
         with ExitStack() as stack:
             for leaf in leaves:
-                stack.enter_context(preserved(leaf.submodule))
+                stack.enter_context(restored(leaf.submodule))
             stack.enter_context(replayed(random))
             return self.function(*given)  # type: ignore[no-any-return]
 

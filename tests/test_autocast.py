@@ -12,8 +12,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 import graphlocal
 import zoo
+from graphlocal.autocast import autocast_now, under
+from graphlocal.fitting import refit
 from graphlocal.rules import Calibrated, LRADiff, RecLRA
-from graphlocal.targets.autocast import autocast_now, under
 
 RULES = [
     "backprop", "rec-lra", RecLRA(error_weights="kp", derivative=True), RecLRA(inside="recursion"), "lra-fdbk",
@@ -88,9 +89,9 @@ def test_the_lowered_step_has_autocasts_numbers_and_works_in_its_dtype(rule, par
             torch.testing.assert_close(found[name], gradient, rtol=0.02, atol=0.02 * float(gradient.abs().max()))
     else:
         assert_equal(found, expected)
-    assert len(execution._passes) == 1
-    with cast():
-        saved = next(iter(execution._passes.values())).forward(X)[1]
+    (passes,) = execution._passes.values()
+    assert passes.casts
+    saved = passes.forward(X)[1]  # with autocast off, as in a step
     assert any(value.dtype is torch.bfloat16 for value in saved if isinstance(value, Tensor))
 
 
@@ -102,15 +103,45 @@ def test_steps_with_and_without_autocast_have_graphs_of_their_own():
     assert len(lowered.compiled.execution._passes) == 2
 
 
+@pytest.mark.parametrize("rule", ["rec-lra", Calibrated(every=2)], ids=str)
+def test_one_autocast_around_all_steps_is_as_good_as_one_around_each(rule):
+    """torch keeps its casts of the weights until autocast ends; a step changes the weights."""
+    states = []
+    for outer, inner in ((cast, nullcontext), (nullcontext, cast)):
+        local = compiled(rule, "eager", "auto")
+        step = graphlocal.train_step(local, cross_entropy, torch.optim.SGD(local.parameters(), 0.1))
+        with outer():
+            for _ in range(4):
+                with inner():
+                    step(X, Y)
+        states.append(local.state_dict())
+    assert_equal(*states)
+
+
+def test_feedback_is_fitted_in_single_precision_under_autocast():
+    torch.manual_seed(0)
+    rows, gradient = torch.randn(64, 20), torch.randn(64, 5)
+    fits = []
+    for context in (nullcontext, cast):
+        weight, second, cross = torch.zeros(5, 20), torch.zeros(20, 20), torch.zeros(20, 5)
+        with context():
+            refit([weight], second, cross, rows, gradient, 0.8, 1e-3)
+        fits.append(weight)
+    assert fits[0].norm() > 0
+    assert torch.equal(*fits)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("target", ["auto", "batched", "streams"])
-def test_fused_steps_under_autocast_train_as_the_eager_target_does(target):
+def test_fused_steps_under_autocast_train_as_the_eager_target_does(target, recompute):
     states = []
     for chosen in (target, "eager"):
         torch.manual_seed(0)
         hidden = [layer for _ in range(9) for layer in (nn.Linear(8, 8), nn.Tanh())]
         local = graphlocal.compile(
-            nn.Sequential(*hidden, nn.Linear(8, 5)), example_inputs=torch.randn(6, 8), target=chosen
-        )
+            nn.Sequential(*hidden, nn.Linear(8, 5)), example_inputs=torch.randn(6, 8), target=chosen,
+            recompute=recompute,
+        )  # fmt: skip
         step = graphlocal.train_step(local, cross_entropy, torch.optim.SGD(local.parameters(), 0.1))
         for _ in range(4):
             with cast():
@@ -134,10 +165,12 @@ def test_the_state_of_autocast_is_taken_up_again_and_left_as_it_was():
     assert autocast_now() == ()
 
 
-def test_a_loss_scaler_skips_the_step_that_overflows():
+@pytest.mark.parametrize("scale", [2.0**40, 2.0**22])
+def test_a_loss_scaler_skips_the_step_that_overflows(scale):
+    """At the output, or, with the smaller scale, inside only."""
     local = compiled("fa")
     optimizer = torch.optim.SGD(local.parameters(), 0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     before = [p.clone() for p in local.parameters()]
     for _ in range(2):
         with torch.autocast("cpu", torch.float16):
@@ -146,7 +179,7 @@ def test_a_loss_scaler_skips_the_step_that_overflows():
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    assert scaler.get_scale() < 2.0**40
+    assert scaler.get_scale() < scale
     assert all(map(torch.equal, local.parameters(), before))
 
 

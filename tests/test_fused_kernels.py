@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import graphlocal
 import zoo
 from graphlocal.errors import LocalTrainingError
-from graphlocal.finite import UpdateNorms, are_numbers
+from graphlocal.finite import SO_FEW, UpdateNorms, are_numbers
 from graphlocal.partial_optimizer import Gathering, PartialOptimizer
 from graphlocal.targets import fast_tanh
 from graphlocal.targets.fast_tanh import minus_tanh, minus_tanh_over, replace_tanh
@@ -278,14 +278,16 @@ def test_a_cleared_state_of_the_optimizer_starts_anew():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("strided", [False, True])
-def test_nan_is_found_and_infinity_let_pass_whatever_the_update_is_like(dtype, strided):
+@pytest.mark.parametrize("few", [True, False])
+def test_nan_is_found_and_infinity_let_pass_whatever_the_update_is_like(dtype, strided, few):
     """An infinite update is a gradient scaler's to find."""
 
     def updates(number: float) -> list[Tensor | None]:
         torch.manual_seed(0)
         found = [torch.randn(3, 4, dtype=dtype), torch.randn(5, 2, dtype=dtype)]
         found[1][4, 1] = number
-        return [None, *(x.T if strided else x for x in found), torch.eye(2).to_sparse()]
+        more = [torch.randn(2, dtype=dtype) for _ in range(0 if few else SO_FEW)]
+        return [None, *(x.T if strided else x for x in found), torch.eye(2).to_sparse(), *more]
 
     for number, expected in ((1.0, True), (torch.inf, True), (-torch.inf, True), (torch.nan, False)):
         given = updates(number)
@@ -297,12 +299,12 @@ def test_nan_is_found_and_infinity_let_pass_whatever_the_update_is_like(dtype, s
 
 
 def test_the_look_for_nan_is_in_single_precision_on_the_cpu_whatever_the_defaults_are():
-    updates = [torch.randn(3, 4), torch.full((2,), torch.nan)]
+    updates = [*(torch.randn(3, 4) for _ in range(SO_FEW + 1)), torch.full((2,), torch.nan)]
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            assert are_numbers(updates[:1])
+            assert are_numbers(updates[:-1])
             assert not are_numbers(updates)
     finally:
         torch.set_default_dtype(before)
@@ -312,11 +314,13 @@ def test_the_look_for_nan_is_no_change_to_autograd():
     weight, update = torch.randn(3, requires_grad=True), torch.randn(3)
     product = weight * update  # keeps the update for its derivative
     assert are_numbers([update])
+    assert are_numbers([update, *(torch.randn(3) for _ in range(SO_FEW))])
     product.sum().backward()
     assert torch.equal(weight.grad, update)
     with torch.inference_mode():
-        made = torch.randn(3)
-    assert are_numbers([made])
+        made = [torch.randn(3) for _ in range(SO_FEW + 1)]
+    assert are_numbers(made[:1])
+    assert are_numbers(made)
 
 
 @pytest.mark.parametrize("rule", ["backprop", "rec-lra", "fa"])

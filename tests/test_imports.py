@@ -23,10 +23,10 @@ FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphloca
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"arguments", "data", "files", "goals", "guards", "ir", "live_memory", "preserve", "source"}),
+    frozenset({"arguments", "autocast", "data", "files", "goals", "guards", "ir", "live_memory", "preserve", "source"}),
     frozenset({"torchvision_operators", "units"}),
     frozenset({"text", "verify"}),
-    frozenset({"cost", "feedback", "fitting", "partial_optimizer", "sample_store", "statistics_lag"}),
+    frozenset({"cost", "feedback", "fitting", "partial_optimizer", "sample_store", "statistics_lag", "watch"}),
     frozenset({"nn", "unrolled", "normalize", "opaque", "selfcheck"}),
     frozenset({"cache", "record", "trace"}),
     frozenset({"lift", "pipeline", "stored"}),

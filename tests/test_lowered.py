@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -175,17 +178,17 @@ def test_auto_leaves_whole_recurrent_layers_to_their_kernels(name):
     assert not local.compiled.execution._passes
 
 
-def test_inputs_that_ask_for_a_gradient_and_autocast_run_eagerly():
+def test_inputs_that_ask_for_a_gradient_run_eagerly():
     torch.manual_seed(0)
     local = graphlocal.compile(nn.Linear(4, 3), example_inputs=torch.randn(5, 4), rule="backprop", target="lowered")
     x = torch.randn(5, 4, requires_grad=True)
     local(x).sum().backward()
     torch.testing.assert_close(x.grad, local.original.weight.sum(0).expand(5, 4))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert local(x.detach()).dtype is torch.bfloat16
+    assert not local.compiled.execution._passes
 
 
-def test_a_lowered_graph_that_computes_something_else_is_not_used(monkeypatch):
+@pytest.mark.parametrize("cast", [nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_a_lowered_graph_that_computes_something_else_is_not_used(cast, monkeypatch):
     def wrong(training, inputs, taken):
         low = lower(training, inputs, taken)
         for node in low.module.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
@@ -197,8 +200,24 @@ def test_a_lowered_graph_that_computes_something_else_is_not_used(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     local = graphlocal.compile(model, example_inputs=torch.randn(6, 4))
     for _ in range(3):
-        cross_entropy(local(torch.randn(6, 4)), torch.zeros(6, dtype=torch.long)).backward()
-    assert "gives another output 0 than the eager one" in str(local.compiled.execution.not_lowered)
+        with cast():
+            cross_entropy(local(torch.randn(6, 4)), torch.zeros(6, dtype=torch.long)).backward()
+    execution = local.compiled.execution
+    assert not execution._passes
+    assert bool(execution._refused) == (cast is not nullcontext)  # without autocast it may do, and is tried
+    assert execution._refused or "gives another output 0 than the eager one" in str(execution.not_lowered)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_batch_that_holds_no_number_is_no_reason_against_lowering(number):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    local = graphlocal.compile(model, example_inputs=torch.randn(6, 4), target="lowered")
+    x = torch.randn(6, 4)
+    x[0, 0] = number
+    local.check_finite = False
+    local(x).sum().backward()
+    assert local.compiled.execution._passes
 
 
 def test_the_check_leaves_buffers_gradients_and_random_state_alone():

@@ -482,6 +482,25 @@ def test_torch_compile_leaves_a_training_step_as_it_is(rule):
 # What training loops look at
 
 
+class Counting(graphlocal.LocalModule):
+    """A class of the user's on top."""
+
+    calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().forward(*args, **kwargs)
+
+
+def test_a_class_on_top_stays_what_it_is():
+    local = Counting.of(graphlocal.compile(zoo.MODELS["mlp"].make(), example_inputs=torch.randn(4, 6)).compiled)
+    for copied in (local, copy.deepcopy(local), pickle.loads(pickle.dumps(local))):
+        calls = copied.calls
+        copied(torch.randn(4, 6)).sum().backward()
+        assert isinstance(copied, Counting)
+        assert copied.calls == calls + 1
+
+
 @pytest.mark.parametrize("how", ["made", "copied", "pickled"])
 def test_a_compiled_model_shows_the_signature_of_the_model(how):
     """transformers' Trainer hands on the columns that `forward` names, and finds labels by the class's `forward`."""
@@ -493,5 +512,6 @@ def test_a_compiled_model_shows_the_signature_of_the_model(how):
     assert list(inspect.signature(type(local).forward).parameters) == ["self", "x"]
     assert isinstance(local, graphlocal.LocalModule)
     assert type(local).__name__ == "LocalModule"
+    assert type(local) is not graphlocal.LocalModule
     local(torch.randn(4, 5)).sum().backward()
     assert all(p.grad is not None for p in local.parameters())

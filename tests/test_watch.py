@@ -20,7 +20,10 @@ class Own(nn.Module):
 
 
 def model() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(), Own(), nn.Sequential(nn.Linear(4, 2)))
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Dropout(), Own(), nn.Sequential(nn.Linear(4, 2)), nn.ModuleList(),
+        nn.ParameterList(),
+    )  # fmt: skip
 
 
 CHANGES = {
@@ -36,6 +39,8 @@ CHANGES = {
     "a layer less": lambda m: m.pop(1),
     "a layer inside a layer of the user's": lambda m: setattr(m[3], "inner", nn.Tanh()),
     "a parameter of a layer of the user's": lambda m: setattr(m[3], "gain", nn.Parameter(torch.ones(()))),
+    "a layer in an empty container": lambda m: m[5].append(nn.Tanh()),
+    "a parameter in an empty list": lambda m: m[6].append(nn.Parameter(torch.ones(()))),
     "a parametrization": lambda m: parametrizations.weight_norm(m[0]),
 }
 
@@ -52,8 +57,27 @@ def test_a_change_is_seen(change):
     assert (watch.replaced(), watch.state()) != (structure, state)
 
 
+class Asking(nn.Module):
+    """A module of the user's that asks another one for its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * 2 if self.inner.training else x
+
+
+def test_all_modes_matter_where_a_module_asks_for_those_of_others():
+    net = nn.Sequential(Asking())
+    watch = ModelWatch(net)
+    before = watch.looks()
+    net[0].inner.eval()
+    assert watch.looks() != before
+
+
 def test_a_mode_that_changes_nothing_is_no_change_unless_a_hook_may_read_it():
-    net = model()
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
     watch = ModelWatch(net)
     before = watch.looks()
     net[0].eval()
