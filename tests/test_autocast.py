@@ -165,10 +165,12 @@ def test_the_state_of_autocast_is_taken_up_again_and_left_as_it_was():
     assert autocast_now() == ()
 
 
-@pytest.mark.parametrize("scale", [2.0**40, 2.0**22])
-def test_a_loss_scaler_skips_the_step_that_overflows(scale):
-    """At the output, or, with the smaller scale, inside only."""
+@pytest.mark.parametrize(("scale", "gain"), [(2.0**40, 1), (2.0**18, 1000)])
+def test_a_loss_scaler_skips_the_step_that_overflows(scale, gain):
+    """At the output, or, with large feedback, inside only."""
     local = compiled("fa")
+    for twin in local.error_weights.buffers():
+        twin.mul_(gain)
     optimizer = torch.optim.SGD(local.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     before = [p.clone() for p in local.parameters()]
