@@ -189,7 +189,8 @@ class LocalModule(nn.Module):
         leaves, spec = self._binder.flatten(args, kwargs)
         found = self._run_again(leaves, spec, fused=False)
         if found is None:
-            if not any(p.requires_grad for p in self.original.parameters()):  # nothing learns
+            self._look_for_changes()
+            if not any(p.requires_grad for p in self._watch.weights):  # nothing learns
                 return self.original(*args, **kwargs)
             if self.options.rule.engine != "schedule":
                 require_schedule(self.options.rule)
