@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graphlocal import autocast as amp
 from graphlocal.autocast import Autocast, autocast_now, under
+from graphlocal.norms import are_numbers, told_numbers
 from graphlocal.preserve import preserved
 from graphlocal.targets.accesses import annotate
 from graphlocal.targets.batched import batched
@@ -61,6 +62,11 @@ class Passes:
     def overlap(self) -> Overlap | None:
         """The fused passes in pieces that may overlap with other steps', where that can be."""
         return None if self.lowered is None else overlap(self.lowered)
+
+    @cached_property
+    def are_numbers(self) -> Callable[[Sequence[Tensor | None]], bool]:
+        """Whether the updates of the weights hold no NaN."""
+        return are_numbers if self.telling is None else partial(told_numbers, self.telling)
 
 
 class Execution:

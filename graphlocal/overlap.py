@@ -21,7 +21,8 @@ from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.execution import Run
-from graphlocal.finite import UpdateNorms, require_finite
+from graphlocal.finite import require_finite
+from graphlocal.norms import UpdateNorms
 from graphlocal.runtime import LocalModule
 from graphlocal.targets.eager import Apply
 from graphlocal.targets.lanes import Flight, Lanes, Part, Waits

@@ -20,9 +20,10 @@ from graphlocal.artefact.write import write_model
 from graphlocal.compiler import COMPUTED, Compiled, Options, build, require_schedule
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.execution import Run, signature
-from graphlocal.finite import UpdateNorms, are_numbers, require_finite
+from graphlocal.finite import require_finite
 from graphlocal.fitting import STEPS
 from graphlocal.ir import LocalGraph
+from graphlocal.norms import UpdateNorms
 from graphlocal.preserve import training_mode, undone_on
 from graphlocal.statistics_lag import StatisticsLag
 from graphlocal.targets import exports
@@ -403,8 +404,7 @@ class LocalStep:
         if rule.needs_losses and self.labels is None:
             self.labels, self.local.losses = (self.local.losses,), None
         weights, feedback, inputs = self.run.error_pass(aligned, retain=retain, labels=self.labels or ())
-        looks, places = self.local.check_finite and not self.run.scaled, self.run.passes.telling
-        if looks and not are_numbers(weights if places is None else [weights[i] for i in places]):
+        if self.local.check_finite and not self.run.scaled and not self.run.passes.are_numbers(weights):
             norms = UpdateNorms()
             norms.add(self.training.weights, weights)
             require_finite(self.compiled, aligned, norms)

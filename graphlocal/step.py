@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
-from graphlocal.finite import UpdateNorms, require_finite
+from graphlocal.finite import require_finite
 from graphlocal.goals import ClassCodes
+from graphlocal.norms import UpdateNorms
 from graphlocal.overlap import overlapped
 from graphlocal.partial_optimizer import TOGETHER, Gathering, PartialOptimizer
 from graphlocal.rules import Rule

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from graphlocal.targets.reuse import reuse
 from graphlocal.targets.scratch import lend
+from graphlocal.targets.training_graph import release, take
 
 _OPERATOR = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.(\w+)(?=\()")
 
@@ -69,6 +70,7 @@ def flatten(module: fx.GraphModule, *, lowered: bool = False, stacked: bool = Fa
         else:
             copied[node] = graph.node_copy(node, copied.__getitem__)
     _take_apart(graph)
+    _take_at_once(graph)
     _join_linear(graph, bound)
     _join_clamped(graph, bound)
     _bind_numbers(graph, bound)
@@ -105,6 +107,21 @@ def _take_apart(graph: fx.Graph) -> None:
         for taken in list(node.users):
             taken.replace_all_uses_with(node.args[taken.args[1]])
             graph.erase_node(taken)
+        graph.erase_node(node)
+
+
+def _take_at_once(graph: fx.Graph) -> None:
+    """Take what an error pass reads of `saved` out at its start; the function's own names free each value after use."""
+    takes = graph.find_nodes(op="call_function", target=take)
+    if not takes:
+        return
+    saved, _, retain = takes[0].args
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        values = [graph.call_function(operator.getitem, (saved, node.args[1])) for node in takes]
+        graph.call_function(release, (saved, retain))
+    for node, value in zip(takes, values, strict=True):
+        value.meta = node.meta
+        node.replace_all_uses_with(value)
         graph.erase_node(node)
 
 

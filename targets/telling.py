@@ -22,18 +22,23 @@ _WHOLE = frozenset({aten.t.default, aten.transpose.int, aten.view.default, aten.
 def telling(error: fx.GraphModule) -> tuple[int, ...]:
     """The places of the weights' updates in which NaN shows if any update holds it.
 
-    error: an error pass that returns its updates. Overflow apart: the sum of an infinity and its negative is NaN, too.
+    error: an error pass that returns its updates. Sparse ones are let pass. Overflow apart: the sum of an infinity and
+    its negative is NaN, too.
     """
     returned: Any = error.graph.output_node().args[0]
     updates = returned[0]
     made = [_base(update) for update in updates]
     factors = {_base(factor) for node in made if _is(node, aten.mm.default) for factor in node.args}
     sums = {i for i, node in enumerate(made) if _is(node, aten.sum.dim_IntList) and _base(node.args[0]) in factors}
-    return tuple(i for i, update in enumerate(updates) if update is not None and i not in sums)
+    return tuple(i for i, update in enumerate(updates) if i not in sums and _is_dense(update))
 
 
 def _is(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is target
+
+
+def _is_dense(update: Any) -> bool:
+    return isinstance(update, fx.Node) and getattr(update.meta.get("val"), "layout", None) is torch.strided
 
 
 def _base(value: Any) -> Any:

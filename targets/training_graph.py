@@ -106,6 +106,12 @@ def take(saved: list[Any], index: int, retain: bool) -> Any:
     return value
 
 
+def release(saved: list[Any], retain: bool) -> None:
+    """Let go of all saved values, unless they are retained."""
+    if not retain:
+        saved.clear()
+
+
 def _like(module: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
     used = {str(n.target) for n in graph.find_nodes(op="call_module")}
     roots = roots_of(module)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import graphlocal
 import zoo
 from graphlocal.errors import LocalTrainingError
-from graphlocal.finite import SO_FEW, UpdateNorms, are_numbers
+from graphlocal.norms import SO_FEW, UpdateNorms, are_numbers
 from graphlocal.partial_optimizer import Gathering, PartialOptimizer
 from graphlocal.targets import fast_tanh
 from graphlocal.targets.fast_tanh import minus_tanh, minus_tanh_over, replace_tanh
@@ -350,3 +350,4 @@ def test_nan_in_any_update_shows_in_those_that_are_looked_at(name, rule):
         updates, _, _ = passes.error(spoilt, [nan_somewhere(e) if place == len(saved) else e for e in errors], False)
         hold = [bool(update.isnan().any()) for update in updates]
         assert any(hold) == any(hold[i] for i in passes.telling)
+        assert passes.are_numbers(updates) != any(hold)

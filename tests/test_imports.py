@@ -23,7 +23,21 @@ FOLDERS = {"graphlocal": "graphlocal", "graphlocal.passes": "passes", "graphloca
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"arguments", "autocast", "data", "files", "goals", "guards", "ir", "live_memory", "preserve", "source"}),
+    frozenset(
+        {
+            "arguments",
+            "autocast",
+            "data",
+            "files",
+            "goals",
+            "guards",
+            "ir",
+            "live_memory",
+            "norms",
+            "preserve",
+            "source",
+        }
+    ),
     frozenset({"torchvision_operators", "units"}),
     frozenset({"text", "verify"}),
     frozenset({"cost", "feedback", "fitting", "partial_optimizer", "sample_store", "statistics_lag", "watch"}),
