@@ -20,11 +20,9 @@ from torch import nn
 import graphlocal
 from benchmarks import report
 from benchmarks.models import LARGE, SMALL, SPARSE, Case, checkpointed, loss_fn, on_gpu
-from graphlocal.execution import Execution
 from graphlocal.live_memory import peak_bytes
 from graphlocal.partial_optimizer import TOGETHER
 from graphlocal.rules import RecLRA
-from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.liveness import liveness
 
 CHOSEN = ("MLP 8×1024", "MLP 64×128 (deep, thin)")
@@ -42,11 +40,12 @@ WAYS = ("backprop", "backprop, checkpointed", *LOCAL)
 
 @dataclass(frozen=True)
 class Found:
-    """Bytes: parameters, E and the peak of each way, and what was predicted of the peaks of rec-lra's."""
+    """Bytes: parameters, E, what stacks lie in, the peak of each way, and what was predicted of rec-lra's peaks."""
 
     case: Case
     parameters: int
     feedback: dict[str, int]
+    lent: dict[str, int]
     peaks: dict[str, int]
     predicted: dict[str, int]
 
@@ -76,7 +75,8 @@ def measure(case: Case, device: str, dtype: torch.dtype) -> Found:
     torch.manual_seed(0)
     start = case.make().to(device, dtype)
     x, y = case.example(device, dtype)
-    peaks, predicted, feedback = {}, {}, {}
+    peaks, predicted, feedback, lent = {}, {}, {}, {}
+    loss = loss_bytes(start(x).detach().requires_grad_(), y)
     peaks["backprop"] = peak(backprop(copy.deepcopy(start), x, y), device)
     peaks["backprop, checkpointed"] = peak(backprop(checkpointed(case, copy.deepcopy(start)), x, y), device)
     for way, (partition, again, rule) in LOCAL.items():
@@ -86,25 +86,39 @@ def measure(case: Case, device: str, dtype: torch.dtype) -> Found:
         optimizer = torch.optim.Adam(local.parameters(), 1e-4, fused=True)
         step = graphlocal.train_step(local, loss_fn, optimizer)
         peaks[way] = peak(lambda step=step: step(x, y), device)  # type: ignore[misc]
-        lowered = Execution(local.compiled, "lowered").lowered([x])
-        predicted[way] = liveness(with_updates(lowered), TOGETHER).peak.total
+        execution = local.compiled.execution
+        passes = execution.known([x])
+        assert passes is not None
+        assert passes.updating is not None
+        predicted[way] = liveness(passes.updating, TOGETHER).peak_with(loss)
+        lent[way] = execution.scratch.bytes
         feedback[way] = sum(t.numel() * t.element_size() for t in local.error_weights.buffers())
-        del local, optimizer, step, lowered
+        del local, optimizer, step, execution, passes
         gc.collect()
     size = sum(p.numel() * p.element_size() for p in start.parameters())
-    found = Found(case, size, feedback, peaks, predicted)
+    found = Found(case, size, feedback, lent, peaks, predicted)
     print(row(found), file=sys.stderr)
     return found
 
 
+def loss_bytes(output: torch.Tensor, y: torch.Tensor) -> int:
+    """The peak of the loss and its derivative by themselves."""
+    return peak_bytes(lambda: torch.autograd.grad(loss_fn(output, y), output), output.device)
+
+
 def row(found: Found) -> list[str]:
-    """A row of the table: megabytes, and the ratio to backprop with E counted on rec-lra's side."""
+    """A row of the table: megabytes, and the ratio to backprop."""
     cells = [found.case.title, str(found.case.batch), mb(found.parameters)]
     cells += [mb(found.feedback[way]) for way in ("rec-lra", "rec-lra leaf", "rec-lra leaf, sparse E")]
+    cells += [mb(found.lent["rec-lra"]), mb(found.lent["rec-lra leaf"])]
     for way in WAYS:
-        ratio = (found.peaks[way] + found.feedback.get(way, 0)) / found.peaks["backprop"]
-        cells.append(mb(found.peaks[way]) + ("" if way == "backprop" else f" ({ratio:.2f})"))
+        cells.append(mb(found.peaks[way]) + ("" if way == "backprop" else f" ({ratio(found, way):.2f})"))
     return cells + [mb(found.predicted[way]) for way in LOCAL]
+
+
+def ratio(found: Found, way: str) -> float:
+    """The peak over backprop's, with what a way keeps between steps and backprop does not."""
+    return (found.peaks[way] + found.feedback.get(way, 0) + found.lent.get(way, 0)) / found.peaks["backprop"]
 
 
 def mb(size: int) -> str:
@@ -117,12 +131,12 @@ def plot(found: list[Found], name: str) -> None:
     width = 0.84 / len(WAYS)
     with report.picture(name, 11, 4) as axes:
         for k, way in enumerate(WAYS):
-            heights = [f.peaks[way] / f.peaks["backprop"] for f in found]
+            heights = [ratio(f, way) for f in found]
             places = [i + width * (k - (len(WAYS) - 1) / 2) for i in range(len(found))]
             axes.bar(places, heights, 0.95 * width, label=way)
         axes.axhline(1, color="gray", linewidth=0.8)
         axes.set_xticks(range(len(found)), [f"{f.case.title}\nbatch {f.case.batch}" for f in found], fontsize=7)
-        axes.set_ylabel("peak of a step / backprop's")
+        axes.set_ylabel("peak of a step, with E, / backprop's")
         axes.set_ylim(0, 1.3)
         axes.legend(fontsize=8, ncols=3, loc="upper center")
 
@@ -143,14 +157,16 @@ def main() -> None:
         "E, MB",
         "E of leaf, MB",
         "sparse E of leaf, MB",
+        "lent, MB",
+        "lent of leaf, MB",
         *(f"{way}, MB" for way in WAYS),
     ]
     header += [f"predicted: {way}, MB" for way in LOCAL]
     notes = (
-        "Peak of a step over what lives between steps, and in brackets its ratio to backprop's, with E added on "
-        "rec-lra's side. Partition auto but for leaf, rec-lra at depth 1. Checkpointing works on the blocks; a "
-        "Sequential is cut into about as many segments as each has layers. Predicted: by the training graph's "
-        "liveness, without what the loss itself keeps and the memory that stacked updates lend to the optimizer. "
+        "Peak of a step over what lives between steps, and in brackets its ratio to backprop's, with E and what is "
+        "lent added on rec-lra's side. Lent: memory in which stacked updates wait for the optimizer. Partition auto "
+        "but for leaf, rec-lra at depth 1. Checkpointing works on the blocks; a Sequential is cut into about as many "
+        "segments as each has layers. Predicted: by the training graph's liveness, and what the loss takes by itself. "
         "`recomputed`: `graphlocal.compile(..., recompute=True)`."
     )
     suffix = "" if arguments.device == "cpu" else f"_{arguments.device}_{arguments.dtype}"

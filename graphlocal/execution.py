@@ -25,6 +25,7 @@ from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
 from graphlocal.targets.overlap import Overlap, overlap
 from graphlocal.targets.recompute import recompute
+from graphlocal.targets.scratch import Scratch
 from graphlocal.targets.shared_errors import sum_positions
 from graphlocal.targets.stacked_updates import stack_updates
 from graphlocal.targets.stacking import ALL, GPU, Stacking
@@ -47,14 +48,16 @@ class Passes:
     """forward(*leaves) -> (outputs, saved); error(saved, errors, [apply,] retain).
 
     taken: for which outputs `error` must be given one; None if any will do. lowered: what they were made from, if
-    they are fused and for target="streams". casts: autocast's casts are among their operators, so it must be off.
-    telling: the places of the weights' updates that hold NaN if any does, where that is known.
+    they are fused and for target="streams". updating: the graph of a fused step. casts: autocast's casts are among
+    their operators, so it must be off. telling: the places of the weights' updates that hold NaN if any does, where
+    that is known.
     """
 
     forward: Callable[..., Any]
     error: Callable[..., Any]
     taken: tuple[bool, ...] | None = None
     lowered: TrainingGraph | None = None
+    updating: TrainingGraph | None = None
     casts: bool = False
     telling: tuple[int, ...] | None = None
 
@@ -74,9 +77,10 @@ class Execution:
 
     target: `"eager"`; `"lowered"`, `"batched"` (lowered, what can be stacked is), `"inductor"` or `"streams"` (lowered,
     on several lanes), or NotLowered is raised; `"auto"`: lowered from the second call with the same shapes on, where
-    that is possible and pays, and batched where that pays. not_lowered: why the eager graph runs, once that is known.
-    batches: how many computations of stacked updates the last lowered graph has; shared_errors: how many values it
-    computes from errors that all positions share.
+    that is possible and pays, and batched where that pays and no subgraph recomputes, since stacks take memory.
+    not_lowered: why the eager graph runs, once that is known. batches: how many computations of stacked updates the
+    last lowered graph has, whose results lie in `scratch`; shared_errors: how many values it computes from errors that
+    all positions share.
     """
 
     def __init__(self, compiled: Compilation, target: str) -> None:
@@ -89,6 +93,7 @@ class Execution:
         self._passes: dict[Any, Passes] = {}
         self._last: tuple[Any, tuple[bool, ...], bool, Passes] | None = None  # found last, and under what key
         self.batches = self.shared_errors = 0
+        self.scratch = Scratch()
         self.sums_positions = True
         self.many_outputs = sum(compiled.differentiable) > 1
         if target == "eager":
@@ -173,7 +178,7 @@ class Execution:
                 raise
             self.sums_positions = False
             return self._lower(leaves, fused, autocast)
-        if self.target in ("auto", "batched"):
+        if self.target == "batched" or (self.target == "auto" and not self.compiled.recomputed):
             lowered, plain = self._batched(lowered, plain, leaves, autocast)
         passes = self._fused(lowered, plain, fused)
         return replace(passes, casts=bool(autocast), telling=None if fused else telling(split(lowered)[1]))
@@ -186,7 +191,7 @@ class Execution:
         updating = with_updates(lowered)
         if self.batches:
             stack_updates(updating)
-        passes = self._passes_of(updating)
+        passes = replace(self._passes_of(updating), updating=updating)
         return replace(passes, lowered=lowered) if self.target == "streams" else passes
 
     def lowered(self, leaves: Sequence[Any], autocast: Autocast = ()) -> TrainingGraph:
@@ -229,10 +234,9 @@ class Execution:
         if self.target == "streams":
             streams = self.compiled.streams
             return Passes(streamed(forward, streams), streamed(error, streams), self.taken)
-        forward_pass, error_pass = (
-            _without_autograd(flatten(part, lowered=True, stacked=self.batches > 0)) for part in (forward, error)
-        )
-        return Passes(forward_pass, error_pass, self.taken)
+        forward_pass = flatten(forward, lowered=True)
+        error_pass = flatten(error, lowered=True, scratch=self.scratch)
+        return Passes(_without_autograd(forward_pass), _without_autograd(error_pass), self.taken)
 
     def _by_inductor(self, lowered: TrainingGraph, fused: bool) -> Passes:
         forward, error, fused_error = compiled_passes(lowered)

@@ -7,7 +7,6 @@ loss and the optimizer's own workspace are left out, of backpropagation's step t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +25,8 @@ from graphlocal.passes.schedule import Schedule
 from graphlocal.pipeline import run
 from graphlocal.preserve import preserved, training_mode
 from graphlocal.rules import Backprop
+from graphlocal.targets.compilation import Compilation
 from graphlocal.targets.eager import emit
-from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.liveness import Liveness, liveness
 from graphlocal.targets.lowered import NotLowered, lower
 
@@ -51,21 +50,23 @@ class StepMemory:
 class Memory:
     """Bytes that a training step needs, for the batch of the example inputs.
 
-    parameters, buffers, feedback (E, twins and heads), optimizer: what lives between steps. steps: by name, `local`
-    (`train_step`) and `backprop`. not_lowered: why there is no prediction.
+    parameters, buffers, feedback (E, twins and heads), optimizer, lent (memory in which `train_step` stacks gradients):
+    what lives between steps. steps: by name, `local` (`train_step`) and `backprop`. not_lowered: why there is no
+    prediction.
     """
 
     parameters: int
     buffers: int
     feedback: int
     optimizer: int
+    lent: int
     steps: Mapping[str, StepMemory]
     not_lowered: str = ""
 
     def total(self, name: str) -> int:
-        """All that lives at the peak of a step; E counts for `local` alone."""
-        between = self.parameters + self.buffers + self.optimizer + (self.feedback if name == "local" else 0)
-        return between + self.steps[name].peak
+        """All that lives at the peak of a step; E and what is lent count for `local` alone."""
+        between = self.parameters + self.buffers + self.optimizer
+        return between + self.steps[name].peak + (self.feedback + self.lent if name == "local" else 0)
 
     def __str__(self) -> str:
         rows = [["step", "kept", "peak", "at", "measured", "total"]]
@@ -81,6 +82,7 @@ class Memory:
             f"memory: parameters {_label(self.parameters)}, buffers {_label(self.buffers)}, "
             f"E {_label(self.feedback)}, optimizer {_label(self.optimizer)}"
         )
+        head += f", lent stacks {_label(self.lent)}" if self.lent else ""
         notes = ["kept: by the forward pass; peak: predicted, of values, errors and gradients; total: with the above."]
         notes += [f"No prediction: {self.not_lowered}"] if self.not_lowered else []
         return "\n".join([head, *table, *notes])
@@ -105,8 +107,9 @@ def memory(compiled: Compiled, optimizer: OptimizerClass) -> Memory:
     model, maps = compiled.model, compiled.error_weights
     leaves = [x.detach() if isinstance(x, Tensor) else x for x in compiled.traced.arguments.leaves]
     with training_mode(model), preserved(model), preserved(maps):
-        predictions, reason = _predicted(compiled, leaves)
-        measured = {"local": _measured(compiled, leaves), "backprop": _measured_backprop(compiled)}
+        execution = _execution(compiled)
+        measured = {"local": _measured(execution, leaves), "backprop": _measured_backprop(compiled)}
+        predictions, reason = _predicted(execution, compiled, leaves)
     steps = {name: StepMemory(predictions.get(name), measured[name]) for name in measured}
     own = [p for p in model.parameters() if p.requires_grad]
     return Memory(
@@ -114,29 +117,28 @@ def memory(compiled: Compiled, optimizer: OptimizerClass) -> Memory:
         _bytes(model.buffers()),
         _bytes([*maps.parameters(), *maps.buffers()]),
         _optimizer_bytes(optimizer, own),
+        execution.scratch.bytes,
         steps,
         reason,
     )
 
 
-def _predicted(compiled: Compiled, leaves: list[Any]) -> tuple[dict[str, Liveness], str]:
+def _predicted(execution: Execution, compiled: Compiled, leaves: list[Any]) -> tuple[dict[str, Liveness], str]:
+    """execution: after it has run."""
+    passes = execution.known(leaves)
+    if passes is None or passes.updating is None:
+        return {}, "" if execution.not_lowered is None else execution.not_lowered.message
     try:
-        execution = _execution(compiled)
-        if execution.not_lowered is not None:
-            raise execution.not_lowered
-        lowered = execution.lowered(leaves)
         true = lower(_by_backprop(compiled).training, leaves, compiled.differentiable)
     except NotLowered as error:
         return {}, error.message
-    return {"local": liveness(with_updates(lowered), TOGETHER), "backprop": liveness(true)}, ""
+    return {"local": liveness(passes.updating, TOGETHER), "backprop": liveness(true)}, ""
 
 
 def _execution(compiled: Compiled) -> Execution:
-    """What runs the compilation, in one thread."""
-    if compiled.options.target != "eager":
-        with suppress(NotLowered):
-            return Execution(compiled, "lowered")
-    return Execution(compiled, "auto" if compiled.options.target != "eager" else "eager")
+    """What runs the compilation, in one thread, of torch's operators."""
+    target = compiled.options.target
+    return Execution(compiled, target if target in ("eager", "lowered", "batched") else "auto")
 
 
 def _by_backprop(compiled: Compiled) -> Compiled:
@@ -149,16 +151,16 @@ def _by_backprop(compiled: Compiled) -> Compiled:
     return replace(compiled, graph=graph, emitted=emitted, options=options, records=(), fits=None)
 
 
-def _measured(compiled: Compiled, leaves: list[Any]) -> int:
+def _measured(execution: Execution, leaves: list[Any]) -> int:
     """The peak of the fused step."""
-    execution = _execution(compiled)
+    compiled = execution.compiled
 
     def step() -> None:
         with torch.enable_grad():
             run = execution.run(leaves, fused=True)
         errors = _errors(run.outputs, compiled)
         run.outputs = []
-        apply = Gathering(lambda names, gradients: None, TOGETHER)
+        apply = Gathering(lambda names, gradients, lent=False: None, TOGETHER)
         with torch.no_grad():
             run.error_pass(errors, apply)
         apply.flush()
@@ -166,7 +168,7 @@ def _measured(compiled: Compiled, leaves: list[Any]) -> int:
     return _peak_of(step, compiled)
 
 
-def _errors(outputs: list[Any], compiled: Compiled) -> list[Tensor | None]:
+def _errors(outputs: list[Any], compiled: Compilation) -> list[Tensor | None]:
     taken = zip(outputs, compiled.differentiable, strict=True)
     return [torch.ones_like(z) if wanted else None for z, wanted in taken]
 
@@ -189,7 +191,7 @@ def _measured_backprop(compiled: Compiled) -> int:
     return _peak_of(step, compiled)
 
 
-def _peak_of(step: Callable[[], None], compiled: Compiled) -> int:
+def _peak_of(step: Callable[[], None], compiled: Compilation) -> int:
     for _ in range(2):  # lowering, and libraries' own preparations
         step()
     return peak_bytes(step, next(compiled.model.parameters()).device)

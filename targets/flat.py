@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from graphlocal.targets.reuse import reuse
-from graphlocal.targets.scratch import lend
+from graphlocal.targets.scratch import Scratch, lend
 from graphlocal.targets.training_graph import release, take
 
 _OPERATOR = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.(\w+)(?=\()")
@@ -41,11 +41,11 @@ _DIRECT: dict[str, Callable[..., Any]] = {
 """torch's own functions in place of its operators: the same kernels, called with half the overhead."""
 
 
-def flatten(module: fx.GraphModule, *, lowered: bool = False, stacked: bool = False) -> Callable[..., Any]:
+def flatten(module: fx.GraphModule, *, lowered: bool = False, scratch: Scratch | None = None) -> Callable[..., Any]:
     """The function that `module` computes, for as long as the user's model has the same parameter objects.
 
     Buffers and feedback maps are looked up when it runs. lowered: of operators without autograd, which may write over
-    what nothing else reads. stacked: some are batches, whose stacks had better stay in one place.
+    what nothing else reads. scratch: where the stacks of batches lie.
     """
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     bound = SimpleNamespace(**dict(module.named_children()))
@@ -76,8 +76,8 @@ def flatten(module: fx.GraphModule, *, lowered: bool = False, stacked: bool = Fa
     _bind_numbers(graph, bound)
     if lowered:
         reuse(graph)
-    if stacked:
-        lend(graph, bound)
+    if scratch is not None:
+        lend(graph, bound, scratch)
     return _compile(graph, bound)
 
 

@@ -2,7 +2,7 @@
 
 Nothing is run. The graph is walked in the order in which its two passes run it: a storage lives from the operator that
 makes it to the last reader of any of its views; what the error pass reads is kept by the forward pass; gradients are
-handed to the optimizer together, once enough have come.
+handed to the optimizer together, once enough have come. Stacks of gradients that are lent lie in memory of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 
 from graphlocal.targets.eager import apply_updates
 from graphlocal.targets.lowered import laid_out
+from graphlocal.targets.reuse import IN_PLACE, ends_in
+from graphlocal.targets.scratch import lending
+from graphlocal.targets.stacked_updates import apply_stacks
 from graphlocal.targets.training_graph import TrainingGraph
 
 
@@ -38,14 +41,23 @@ class Moment:
 
 @dataclass(frozen=True)
 class Liveness:
-    """kept: bytes that the forward pass hands to the error pass, outputs not counted. moments: one an operator."""
+    """Bytes over what lives before the step.
+
+    kept: what the forward pass hands to the error pass, outputs not counted; at_loss: that, and the outputs. moments:
+    one an operator.
+    """
 
     kept: int
+    at_loss: int
     moments: tuple[Moment, ...]
 
     @property
     def peak(self) -> Moment:
         return max(self.moments, key=lambda moment: moment.total, default=Moment("", 0, 0))
+
+    def peak_with(self, loss: int) -> int:
+        """The peak of a step whose loss, with its derivative, takes so many bytes by itself."""
+        return max(self.peak.total, self.at_loss + loss)
 
 
 def liveness(training: TrainingGraph, together: int = 0) -> Liveness:
@@ -64,10 +76,13 @@ class _Walk:
         self.at = next(i for i, node in enumerate(self.nodes) if node.name == training.loss)
         self.loss, self.together = training.loss, together
         returned: Any = self.nodes[-1].args[0]
+        self.lending = set(lending(graph))
+        self.lent = {stack for node in self.lending for stack in node.args[2:]}  # in memory that is kept
         self.handed_out: list[fx.Node] = []  # gradients; the outputs are the caller's to free
         fx.map_arg(() if _fused(training) else returned[1:], self.handed_out.append)
         self.size: dict[int, int] = {}  # of each storage that the step makes
         self.roots: dict[fx.Node, dict[int, int]] = {}  # of each node: its own numbers of its storages, by torch's
+        self.before = set(self.nodes[: self.at])
         for node in graph.nodes:
             self._place(node)
         self.born = self._births()
@@ -81,16 +96,27 @@ class _Walk:
         if node.name == self.loss:
             return
         mine = {}
+        over = self._written_over(node)
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
                 key = storage._cdata
-                if key not in known:
+                if key not in known and over is not None:
+                    known[key] = over
+                elif key not in known:
                     known[key] = len(self.size)
-                    given = node.op in ("placeholder", "get_attr")
+                    given = node.op in ("placeholder", "get_attr") or node in self.lent
                     self.size[known[key]] = 0 if given else int(storage.nbytes())
                 mine[key] = known[key]
         self.roots[node] = mine
+
+    def _written_over(self, node: fx.Node) -> int | None:
+        """The storage of the argument that an operator writes its result over, if it may."""
+        if node.target not in IN_PLACE or not ends_in(node.args[0], node):
+            return None
+        value: Any = node.args[0]
+        same_pass = (value in self.before) == (node in self.before)
+        return next(iter(self._numbers(value)), None) if same_pass else None
 
     def _numbers(self, node: fx.Node) -> set[int]:
         return set(self.roots.get(node, {}).values())
@@ -113,10 +139,10 @@ class _Walk:
                     last[number] = max(last.get(number, i), i)
             if node.target is laid_out:  # the caller keeps the errors
                 last |= dict.fromkeys(self._numbers(node), len(self.nodes) - 1)
-            if node.target is apply_updates:
+            if node.target in (apply_updates, apply_stacks):
                 waiting |= {number for source in node.all_input_nodes for number in self._numbers(source)}
                 count += sum(_numel(source) for source in node.all_input_nodes)
-                flushed = count >= self.together
+                flushed = count >= self.together or node in self.lending
                 last |= dict.fromkeys(waiting, i)
                 if flushed:
                     waiting, count = set(), 0
@@ -128,7 +154,8 @@ class _Walk:
         returned = {n for source in self.nodes[self.at].all_input_nodes for n in self._numbers(source)}
         kept = across - (returned - self._read_later())
         moments = tuple(self._moments(kept))
-        return Liveness(sum(self.size[n] for n in kept), moments)
+        at_loss = sum(self.size[n] for n, i in self.born.items() if i < self.at <= self.last.get(n, i))
+        return Liveness(sum(self.size[n] for n in kept), at_loss, moments)
 
     def _read_later(self) -> set[int]:
         """The storages that the error pass itself reads."""

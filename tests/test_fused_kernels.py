@@ -21,7 +21,7 @@ from graphlocal.partial_optimizer import Gathering, PartialOptimizer
 from graphlocal.targets import fast_tanh
 from graphlocal.targets.fast_tanh import minus_tanh, minus_tanh_over, replace_tanh
 from graphlocal.targets.reuse import reuse
-from graphlocal.targets.scratch import Lent, lend
+from graphlocal.targets.scratch import Lent, Scratch, lend
 from graphlocal.targets.stacked_updates import apply_stacks
 
 aten = torch.ops.aten
@@ -106,12 +106,31 @@ def test_stacks_of_one_kind_share_memory_once_the_optimizer_is_done_with_the_fir
         ("b3", aten.bmm.default, ("x", "y")), ("u2", apply_stacks, ("apply", names[1], "b2", "b3")),
     )  # fmt: skip
     bound = SimpleNamespace()
-    lend(graph, bound)
+    scratch = Scratch()
+    lend(graph, bound, scratch)
     first, second = (value for value in vars(bound).values() if isinstance(value, Lent))
-    assert second.stacks[0] is first.stacks[0]
-    assert second.stacks[1] is not first.stacks[0]
+    assert second.stacks[0].data_ptr() == first.stacks[0].data_ptr()
+    assert second.stacks[1].data_ptr() != first.stacks[0].data_ptr()
+    assert scratch.bytes == 2 * out.nbytes
     assert second.names == ("c", "d", "e", "f")
     assert made["b3"].target is torch.bmm
+
+
+def test_stacks_of_other_shapes_lie_in_memory_that_is_large_enough():
+    large, small, other = torch.empty(4, 3, 3), torch.empty(2, 5), torch.empty(2, 5, dtype=torch.float64)
+    scratch = Scratch()
+    for _ in range(2):  # two graphs, of which one runs at a time
+        scratch.begin()
+        slots = [scratch.borrow(x, start, end) for x, start, end in ((small, 0, 3), (large, 4, 6), (small, 5, 7))]
+        assert slots[0] in slots[1:]
+        assert slots[2] is not slots[1]  # which is still lent
+        assert [slot[x].shape for slot, x in zip(slots, (small, large, small), strict=True)] == [
+            (2, 5),
+            (4, 3, 3),
+            (2, 5),
+        ]
+        assert scratch.bytes == large.nbytes + small.nbytes
+    assert scratch.borrow(other, 9, 10)[other].dtype == torch.float64
 
 
 def test_an_update_of_a_stack_that_is_not_a_number_is_named():

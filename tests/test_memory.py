@@ -165,6 +165,36 @@ def test_fused_updates_need_less_than_backpropagation_on_a_deep_model():
     assert found.total("local") < found.total("backprop")
 
 
+def deep() -> nn.Sequential:
+    return nn.Sequential(*[layer for _ in range(16) for layer in (nn.Linear(32, 32), nn.Tanh())], nn.Linear(32, 3))
+
+
+def test_what_stacked_updates_take_counts_and_recomputing_subgraphs_are_not_stacked():
+    found = {}
+    for again in (False, True):
+        local = graphlocal.compile(deep(), example_inputs=torch.randn(8, 32), recompute=again)
+        found[again] = memory(local.compiled, torch.optim.SGD)
+        step = found[again].steps["local"]
+        assert step.measured == pytest.approx(step.predicted.peak.total, rel=0.05)
+    one_stack = 4 * 16 * (32 * 32 + 32)
+    assert (found[False].lent, found[True].lent) == (one_stack, 0)
+    between = found[False].parameters + found[False].feedback + one_stack
+    assert found[False].total("local") == between + found[False].steps["local"].peak
+    assert f"lent stacks {one_stack / 1000:.1f} kB" in str(found[False])
+    assert "lent" not in str(found[True])
+
+
+def test_steps_on_batches_of_several_sizes_stack_their_gradients_in_one_place():
+    local = graphlocal.compile(deep(), example_inputs=torch.randn(8, 32))
+    run = graphlocal.train_step(local, F.cross_entropy, torch.optim.SGD(local.parameters(), 0.1))
+    kept = []
+    for size in (8, 8, 8, 6, 6, 6):
+        run(torch.randn(size, 32), torch.randint(3, (size,)))
+        kept.append(local.compiled.execution.scratch.bytes)
+    assert local.compiled.execution.batches
+    assert kept == [0, *[4 * 16 * (32 * 32 + 32)] * 5]
+
+
 def test_gradients_wait_for_each_other_until_there_are_enough():
     handed: list[tuple[str, ...]] = []
     gathering = Gathering(lambda names, _: handed.append(names), 10)
