@@ -31,8 +31,10 @@ SUMMED = "summed"
 ENOUGH = 4
 """Positions below which a sum of its own costs more than it saves."""
 
-_MOVES = {aten.clone.default, aten.transpose.int, aten.permute.default}
+_MOVES = {aten.clone.default, aten.transpose.int, aten.permute.default, aten._to_copy.default}
 _SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 LARGEST = 2**22
 """Numbers in the largest table of a convolution's windows."""
@@ -41,8 +43,8 @@ LARGEST = 2**22
 def sum_positions(training: TrainingGraph) -> int:
     """Rewrite the gradients of shared errors, in place; returns how many values are computed otherwise.
 
-    Nothing before the loss is computed otherwise, and nothing in half precision, which may hold every input and not
-    their sum, or not to enough places.
+    Nothing before the loss is computed otherwise, and nothing in float16, which may hold every input and not their sum.
+    bfloat16 holds that: to as many places as the error that it is multiplied with.
     """
     rewriting = _Rewriting(training)
     for node in list(rewriting.after):
@@ -83,7 +85,7 @@ class _Rewriting:
         """The node of size 1 along the axes that a value is constant along, of which the value is the expansion."""
         if not isinstance(node, fx.Node) or node in self.forward or node in self.written or not _known(node):
             return None
-        if not isinstance(_value(node), Tensor) or _value(node).dtype not in (torch.float32, torch.float64):
+        if not isinstance(_value(node), Tensor) or _value(node).dtype not in _DTYPES:
             return None
         if node not in self.cores:
             self.cores[node] = self._core(node)
@@ -99,16 +101,17 @@ class _Rewriting:
         if not scales and node.target not in _MOVES:
             return None
         core = self.core(x)
-        return core if core is None or node.target is aten.clone.default else (
-            self.new(node, node.target, core, *node.args[1:])
-        )  # fmt: skip
+        if core is None or node.target is aten.clone.default:
+            return core
+        options: dict[str, Any] = dict(node.kwargs)
+        return self.new(node, node.target, core, *node.args[1:], **options)
 
-    def new(self, like: fx.Node, target: Any, *args: Any, action: str | None = None) -> fx.Node:
+    def new(self, like: fx.Node, target: Any, *args: Any, action: str | None = None, **options: Any) -> fx.Node:
         """A node just before `like`, of the same action by default, with its value on tensors without data."""
         with self.graph.inserting_before(like):
-            node = self.graph.call_function(target, args)
+            node = self.graph.call_function(target, args, options)
         action = like.meta.get("action", "") if action is None else action
-        node.meta = {"action": action, "val": target(*fx.map_arg(args, _value))}
+        node.meta = {"action": action, "val": target(*fx.map_arg(args, _value), **options)}
         return node
 
     def replace(self, node: fx.Node, by: fx.Node) -> None:
@@ -214,11 +217,11 @@ class _Rewriting:
         return self.sums[key]
 
     def normalization(self, node: fx.Node) -> None:
-        """The gradients of a layer norm's weight and bias."""
+        """The gradients of a layer norm's weight and bias; not in bfloat16, where torch's own are off by a third."""
         error, x, normalized, mean, scale, _, _, (for_x, for_weight, for_bias) = cast("tuple[Any, ...]", node.args)
         core = self.core(error)
         kinds = {_value(value).dtype for value in (x, mean, scale)} if core is not None else set()
-        if core is None or for_x or len(kinds) != 1 or _value(mean).dim() != _value(x).dim():
+        if core is None or for_x or len(kinds) != 1 or torch.bfloat16 in kinds or _value(mean).dim() != _value(x).dim():
             return
         shared = _shared_axes(error, core)
         samples = list(range(_value(x).dim() - len(normalized)))
