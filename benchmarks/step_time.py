@@ -52,6 +52,16 @@ def loop(model: nn.Module, x: Tensor, y: Tensor, optimizer: str = "adam") -> Ste
     return step
 
 
+def under_autocast(step: Step, device: str) -> Step:
+    """The same step in mixed precision: products in bfloat16, parameters in float32."""
+
+    def run() -> object:
+        with torch.autocast(device, torch.bfloat16):
+            return step()
+
+    return run
+
+
 def ways(case: Case, options: argparse.Namespace) -> dict[str, Step]:
     """The same training step by backpropagation and by local updates, each on a model of its own."""
     torch.manual_seed(0)
@@ -59,8 +69,11 @@ def ways(case: Case, options: argparse.Namespace) -> dict[str, Step]:
     start = case.make().to(options.device, dtype)
     x, y = case.example(options.device, dtype)
 
+    def run(step: Step) -> Step:
+        return under_autocast(step, options.device) if options.autocast else step
+
     def plain(model: nn.Module) -> Step:
-        return loop(model, x, y, options.optimizer)
+        return run(loop(model, x, y, options.optimizer))
 
     def local(partition: str, target: str = "auto", rule: RecLRA | str = "rec-lra") -> graphlocal.LocalModule:
         return graphlocal.compile(
@@ -69,7 +82,7 @@ def ways(case: Case, options: argparse.Namespace) -> dict[str, Step]:
 
     def fused(model: graphlocal.LocalModule) -> Step:
         step = graphlocal.train_step(model, loss_fn, OPTIMIZERS[options.optimizer](model.parameters()))
-        return lambda: step(x, y)
+        return run(lambda: step(x, y))
 
     found = {
         "backprop": plain(copy.deepcopy(start)),
@@ -158,6 +171,7 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=["wall", "process"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--autocast", action="store_true", help="mixed precision: products in bfloat16")
     parser.add_argument("--return-memory", action="store_true", help="freed memory goes to the system as glibc likes")
     parser.add_argument("--only", default="", help="a part of the titles to measure")
     options = parser.parse_args()
@@ -169,7 +183,8 @@ def main() -> None:
     cases = [on_gpu(case) for case in cases] if options.device == "cuda" else cases
     names = list(dict.fromkeys(name for times in found for name in times if name != "backprop"))
     parts = ["step_time", *(["large"] if options.large else []), *(["compiled"] if options.compiled else [])]
-    parts += [] if options.device == "cpu" else [options.device, options.dtype]
+    parts += [] if (options.device, options.dtype) == ("cpu", "float32") else [options.device, options.dtype]
+    parts += ["autocast"] if options.autocast else []
     name = "_".join(parts)
     plot(name, cases, found, names)
     header = ["model", "batch", "backprop, ms", *names]

@@ -132,7 +132,7 @@ def test_feedback_is_fitted_in_single_precision_under_autocast():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("target", ["auto", "batched", "streams"])
+@pytest.mark.parametrize("target", ["auto", "batched", "streams", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_fused_steps_under_autocast_train_as_the_eager_target_does(target, recompute):
     states = []
     for chosen in (target, "eager"):
