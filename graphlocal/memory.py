@@ -32,6 +32,9 @@ from graphlocal.targets.lowered import NotLowered, lower
 
 OptimizerClass = Callable[[list[nn.Parameter]], Optimizer]
 
+OTHERWISE = ("inductor", "streams")
+"""Targets whose memory is not measured: that of compiled code is not seen, that of lanes depends on their timing."""
+
 
 @dataclass(frozen=True)
 class StepMemory:
@@ -52,7 +55,7 @@ class Memory:
 
     parameters, buffers, feedback (E, twins and heads), optimizer, lent (memory in which `train_step` stacks gradients):
     what lives between steps. steps: by name, `local` (`train_step`) and `backprop`. not_lowered: why there is no
-    prediction.
+    prediction. target: the model's, if it was measured as another one.
     """
 
     parameters: int
@@ -62,6 +65,7 @@ class Memory:
     lent: int
     steps: Mapping[str, StepMemory]
     not_lowered: str = ""
+    target: str = ""
 
     def total(self, name: str) -> int:
         """All that lives at the peak of a step; E and what is lent count for `local` alone."""
@@ -85,6 +89,7 @@ class Memory:
         head += f", lent stacks {_label(self.lent)}" if self.lent else ""
         notes = ["kept: by the forward pass; peak: predicted, of values, errors and gradients; total: with the above."]
         notes += [f"No prediction: {self.not_lowered}"] if self.not_lowered else []
+        notes += [f"As target='auto' runs it, not {self.target!r}."] if self.target else []
         return "\n".join([head, *table, *notes])
 
 
@@ -120,6 +125,7 @@ def memory(compiled: Compiled, optimizer: OptimizerClass) -> Memory:
         execution.scratch.bytes,
         steps,
         reason,
+        compiled.options.target if compiled.options.target in OTHERWISE else "",
     )
 
 
@@ -138,7 +144,7 @@ def _predicted(execution: Execution, compiled: Compiled, leaves: list[Any]) -> t
 def _execution(compiled: Compiled) -> Execution:
     """What runs the compilation, in one thread, of torch's operators."""
     target = compiled.options.target
-    return Execution(compiled, target if target in ("eager", "lowered", "batched") else "auto")
+    return Execution(compiled, "auto" if target in OTHERWISE else target)
 
 
 def _by_backprop(compiled: Compiled) -> Compiled:

@@ -387,6 +387,13 @@ def test_the_plan_shows_both_peaks():
         assert any(line.startswith(name) and "kB" in line for line in text.splitlines())
 
 
+def test_a_plan_says_when_it_measures_another_target():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    for target, said in (("auto", False), ("batched", False), ("streams", True)):
+        local = graphlocal.compile(model, example_inputs=torch.randn(6, 4), target=target)
+        assert ("As target='auto' runs it, not 'streams'." in str(memory(local.compiled, torch.optim.SGD))) == said
+
+
 def test_a_model_without_a_lowered_form_is_measured_only():
     model = zoo.MODELS["gru"]
     found = memory(graphlocal.compile(model.make(), example_inputs=model.example()).compiled, torch.optim.SGD)
