@@ -134,6 +134,25 @@ def ratio(mine: Sequence[float], other: Sequence[float]) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
+def compared(
+    title: str, times: Mapping[str, Sequence[float]], shown: Sequence[str], pairs: Sequence[tuple[str, str]],
+    steps: int = 1,
+) -> list[str]:  # fmt: skip
+    """A row of a table: milliseconds a step of the ways `shown`, and of each pair the ratio of the one to the other.
+
+    steps: that `times` hold together.
+    """
+    row = [title, *(f"{1000 * statistics.median(times[way]) / steps:.1f}" for way in shown)]
+    row += [ratio(times[mine], times[base]) for mine, base in pairs]
+    print(" | ".join(row), file=sys.stderr)
+    return row
+
+
+def header(shown: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """The heads of the columns of `compared`, but the title's."""
+    return [*(f"{way}, ms" for way in shown), *(f"{mine} / {base}" for mine, base in pairs)]
+
+
 def load() -> str:
     """How busy the machine is, for the notes."""
     return f" Load at the end: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores."
