@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import graphlocal
 from benchmarks import report
-from benchmarks.models import LARGE, SMALL, SPARSE, Case, by_biotorch, checkpointed, loss_fn, on_gpu
+from benchmarks.models import LARGE, SMALL, SPARSE, Case, by_biotorch, checkpointed, compiled, loss_fn, on_gpu
 from benchmarks.report import Step
 from graphlocal.live_memory import allocated_bytes
 from graphlocal.partial_optimizer import TOGETHER
@@ -138,7 +138,8 @@ def without_graph(found: Found, start: nn.Module, x: Tensor, y: Tensor, options:
         "backprop, checkpointed, optimizer in backward": lambda: in_backward(fresh(again=True), x, y),
     }
     if options.compiled:
-        make["backprop, compiled"] = lambda: backprop(torch.compile(fresh()), x, y)
+        torch.compiler.reset()
+        make["backprop, compiled"] = lambda: backprop(compiled(fresh()), x, y)
     for way, made in make.items():
         found.peaks[way] = peak(made(), options.device)
         gc.collect()

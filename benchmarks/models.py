@@ -183,6 +183,16 @@ def checkpointed(case: Case, model: nn.Module) -> nn.Module:
     return model
 
 
+def compiled(model: nn.Module, **options: bool) -> nn.Module:
+    """The model by torch.compile for the shapes it is called with, as target="inductor" compiles; options: inductor's.
+
+    Left alone, dynamo takes all modules of a process for one function, and compiles those after the first for dynamic
+    shapes where their inputs differ. It also gives up after eight: `torch.compiler.reset()` between models.
+    """
+    made: nn.Module = torch.compile(model, dynamic=False, options=options or None)  # type: ignore[assignment, arg-type]
+    return made
+
+
 def by_biotorch(
     title: str, model: nn.Module, train: Callable[[nn.Module], Callable[[], object]]
 ) -> dict[str, nn.Module]:

@@ -22,7 +22,7 @@ from torch import nn
 
 import graphlocal
 from benchmarks import report
-from benchmarks.models import Case, by_biotorch, checkpointed, loss_fn, mlp
+from benchmarks.models import Case, by_biotorch, checkpointed, compiled, loss_fn, mlp
 from benchmarks.report import Step
 from benchmarks.step_time import OPTIMIZERS, loop
 
@@ -78,7 +78,7 @@ def plain(point: Point, options: argparse.Namespace) -> dict[str, Step]:
     found = {BASE: step(copy.deepcopy(start))}
     found["backprop, checkpointed"] = step(checkpointed(case, copy.deepcopy(start)))
     if options.compiled:
-        found["backprop, compiled"] = step(torch.compile(copy.deepcopy(start)))
+        found["backprop, compiled"] = step(compiled(copy.deepcopy(start)))
     aligned = by_biotorch(case.title, copy.deepcopy(start), step)
     return found | {way: step(model) for way, model in aligned.items()}
 
@@ -112,7 +112,7 @@ Times = dict[str, list[float]]
 def measure(series: Series, options: argparse.Namespace) -> list[Times]:
     """Seconds of each way in each round, by point; ways without subgraphs are timed once for all numbers of those."""
     if options.compiled:
-        torch._dynamo.reset()  # it compiles the same code only so often before it gives up
+        torch.compiler.reset()
     alike = series.field == "subgraphs"
     steps: dict[tuple[int, str], Step] = {}
     for i, point in enumerate(series.points):

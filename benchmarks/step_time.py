@@ -32,6 +32,7 @@ from benchmarks.models import (
     Encoder,
     by_biotorch,
     checkpointed,
+    compiled,
     loss_fn,
     mlp,
     on_gpu,
@@ -102,10 +103,11 @@ def ways(case: Case, options: argparse.Namespace) -> dict[str, Step]:
         "rec-lra leaf, sparse E, fused": fused(local("leaf", rule=SPARSE)),
     }
     if options.compiled:
-        found["backprop, compiled"] = plain(torch.compile(copy.deepcopy(start)))
+        torch.compiler.reset()
+        found["backprop, compiled"] = plain(compiled(copy.deepcopy(start)))
         if options.device == "cpu" and any(isinstance(module, nn.Conv2d) for module in start.modules()):
-            kept = {"layout_optimization": False}  # what target="inductor" asks for on a CPU
-            found["backprop, compiled, layout kept"] = plain(torch.compile(copy.deepcopy(start), options=kept))
+            kept = compiled(copy.deepcopy(start), layout_optimization=False)  # as target="inductor" asks for on a CPU
+            found["backprop, compiled, layout kept"] = plain(kept)
         found["rec-lra, fused, inductor"] = fused(local("auto", "inductor"))
         found["rec-lra leaf, fused, inductor"] = fused(local("leaf", "inductor"))
     aligned = by_biotorch(case.title, copy.deepcopy(start), plain)
