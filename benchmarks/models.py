@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +20,7 @@ from graphlocal.rules import RecLRA
 from graphlocal.torchvision_operators import declare_operators
 
 VOCABULARY = 50257
+BIOTORCH = "biotorch, feedback alignment"
 
 
 def loss_fn(output: Tensor, y: Tensor) -> Tensor:
@@ -177,3 +181,35 @@ def checkpointed(case: Case, model: nn.Module) -> nn.Module:
         if type(block).__name__ in case.blocks:
             setattr(block, "forward", partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010
     return model
+
+
+def compiled(model: nn.Module, **options: bool) -> nn.Module:
+    """The model by torch.compile for the shapes it is called with, as target="inductor" compiles; options: inductor's.
+
+    Left alone, dynamo takes all modules of a process for one function, and compiles those after the first for dynamic
+    shapes where their inputs differ. It also gives up after eight: `torch.compiler.reset()` between models.
+    """
+    made: nn.Module = torch.compile(model, dynamic=False, options=options or None)  # type: ignore[assignment, arg-type]
+    return made
+
+
+def by_biotorch(
+    title: str, model: nn.Module, train: Callable[[nn.Module], Callable[[], object]]
+) -> dict[str, nn.Module]:
+    """biotorch's feedback alignment of a model by the way's name, or nothing where it can't be imported or fails.
+
+    train: makes a training step of a model; one is run here, since some layers fail only then.
+    """
+    if importlib.util.find_spec("biotorch") is None:
+        return {}
+    from biotorch.module.biomodule import BioModule
+
+    example = next(model.parameters())
+    with contextlib.redirect_stdout(sys.stderr):
+        made: nn.Module = BioModule(model, mode="fa").to(example.device, example.dtype)
+    try:
+        train(made)()
+    except RuntimeError as error:  # of its linear layers, which take matrices only
+        print(f"{title}: biotorch fails: {error}", file=sys.stderr)
+        return {}
+    return {BIOTORCH: made}

@@ -8,10 +8,10 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -80,10 +80,13 @@ LONG_ENOUGH = 0.02
 """Seconds; shorter steps are timed several in a row."""
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 def in_turn(
-    steps: Mapping[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter,
+    steps: Mapping[Name, Step], rounds: int, clock: Callable[[], float] = time.perf_counter,
     measure: Callable[[Step], float] | None = None,
-) -> dict[str, list[float]]:  # fmt: skip
+) -> dict[Name, list[float]]:  # fmt: skip
     """Seconds of each step in each round; a round runs every step in turn, so that a busy machine slows all alike.
 
     Each is timed right after a step of its own that is not, since that is how models train: the caches hold its own
@@ -97,7 +100,7 @@ def in_turn(
             step()
         return (clock() - start) / count
 
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[Name, list[float]] = {name: [] for name in steps}
     count = dict.fromkeys(steps, 1)
     for i in range(rounds + WARM_UP):
         for name, step in steps.items():
@@ -132,6 +135,25 @@ def ratio(mine: Sequence[float], other: Sequence[float]) -> str:
     """Median and quartiles of the ratio within a round."""
     low, middle, high = quartiles(mine, other)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def compared(
+    title: str, times: Mapping[str, Sequence[float]], shown: Sequence[str], pairs: Sequence[tuple[str, str]],
+    steps: int = 1,
+) -> list[str]:  # fmt: skip
+    """A row of a table: milliseconds a step of the ways `shown`, and of each pair the ratio of the one to the other.
+
+    steps: that `times` hold together.
+    """
+    row = [title, *(f"{1000 * statistics.median(times[way]) / steps:.1f}" for way in shown)]
+    row += [ratio(times[mine], times[base]) for mine, base in pairs]
+    print(" | ".join(row), file=sys.stderr)
+    return row
+
+
+def header(shown: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """The heads of the columns of `compared`, but the title's."""
+    return [*(f"{way}, ms" for way in shown), *(f"{mine} / {base}" for mine, base in pairs)]
 
 
 def load() -> str:

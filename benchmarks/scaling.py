@@ -1,8 +1,9 @@
 """How the time of a training step grows with depth, width, batch and the number of subgraphs.
 
 Each series changes one of the four and keeps the others. Per series: the exponent p of time ~ size^p, fitted on
-logarithms, of eager backpropagation and of the fused local step, and the ratio of the two at every size. Times are
-taken in turn, as in `benchmarks.step_time`.
+logarithms, of backpropagation in its forms, of biotorch's feedback alignment where it can be imported and of local
+steps, and the ratios to eager backpropagation at every size. All models of a series live in one process and take their
+steps in turn, round by round (`benchmarks.report.in_turn`), so that what a process happens to be like makes no slope.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 import graphlocal
 from benchmarks import report
-from benchmarks.models import loss_fn, mlp
+from benchmarks.models import Case, by_biotorch, checkpointed, compiled, loss_fn, mlp
 from benchmarks.report import Step
 from benchmarks.step_time import OPTIMIZERS, loop
 
 INPUTS = 64
-WAYS = ("backprop", "rec-lra, drop-in", "rec-lra, fused")
+BASE = "backprop"
+LOCAL = {"rec-lra, drop-in": "auto", "rec-lra, fused": "auto"}
+COMPILED = {"rec-lra, fused, inductor": "inductor"}
+"""Name: the compile target."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class Point:
     width: int = 256
     batch: int = 64
     subgraphs: int = 0
+
+    def case(self) -> Case:
+        """The model and its inputs."""
+        return Case(str(self), lambda: mlp(self.width, self.depth, INPUTS), (INPUTS,), self.batch)
 
 
 @dataclass(frozen=True)
@@ -58,20 +67,70 @@ SERIES = (
 )
 
 
-def ways(point: Point, optimizer: str) -> dict[str, Step]:
-    """The step of one model in each way."""
+def plain(point: Point, options: argparse.Namespace) -> dict[str, Step]:
+    """The step of one model in each way that has no subgraphs."""
+    case = point.case()
+    start, x, y = example(case, options)
+
+    def step(model: nn.Module) -> Step:
+        return loop(model, x, y, options.optimizer)
+
+    found = {BASE: step(copy.deepcopy(start))}
+    found["backprop, checkpointed"] = step(checkpointed(case, copy.deepcopy(start)))
+    if options.compiled:
+        found["backprop, compiled"] = step(compiled(copy.deepcopy(start)))
+    aligned = by_biotorch(case.title, copy.deepcopy(start), step)
+    return found | {way: step(model) for way, model in aligned.items()}
+
+
+def local(point: Point, options: argparse.Namespace) -> dict[str, Step]:
+    """The step of one model in each way of local learning."""
+    start, x, y = example(point.case(), options)
+
+    def step(way: str, target: str) -> Step:
+        model = graphlocal.compile(
+            copy.deepcopy(start), example_inputs=(x,), partition=point.subgraphs or "leaf", target=target
+        )
+        if "fused" not in way:
+            return loop(model, x, y, options.optimizer)
+        run = graphlocal.train_step(model, loss_fn, OPTIMIZERS[options.optimizer](model.parameters()))
+        return lambda: run(x, y)
+
+    return {way: step(way, target) for way, target in (LOCAL | (COMPILED if options.compiled else {})).items()}
+
+
+def example(case: Case, options: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """The same model, inputs and labels for every way."""
     torch.manual_seed(0)
-    start = mlp(point.width, point.depth, INPUTS)
-    x, y = torch.randn(point.batch, INPUTS), torch.randint(10, (point.batch,))
+    start = case.make().to(options.device, getattr(torch, options.dtype))
+    return start, *case.example(options.device, getattr(torch, options.dtype))
 
-    def local() -> graphlocal.LocalModule:
-        partition = point.subgraphs or "leaf"
-        return graphlocal.compile(copy.deepcopy(start), example_inputs=(x,), partition=partition)
 
-    model = local()
-    fused = graphlocal.train_step(model, loss_fn, OPTIMIZERS[optimizer](model.parameters()))
-    steps = (loop(copy.deepcopy(start), x, y, optimizer), loop(local(), x, y, optimizer), lambda: fused(x, y))
-    return dict(zip(WAYS, steps, strict=True))
+Times = dict[str, list[float]]
+
+
+def measure(series: Series, options: argparse.Namespace) -> list[Times]:
+    """Seconds of each way in each round, by point; ways without subgraphs are timed once for all numbers of those."""
+    if options.compiled:
+        torch.compiler.reset()
+    alike = series.field == "subgraphs"
+    steps: dict[tuple[int, str], Step] = {}
+    for i, point in enumerate(series.points):
+        if i == 0 or not alike:
+            steps |= {(i, way): step for way, step in plain(point, options).items()}
+        steps |= {(i, way): step for way, step in local(point, options).items()}
+    clock: Callable[[], float] = time.process_time if options.clock == "process" else time.perf_counter
+    on_gpu = report.seconds_on_gpu if options.device == "cuda" else None
+    times = report.in_turn(steps, options.rounds, clock, on_gpu)
+    return [
+        {way: found for (j, way), found in times.items() if j == (0 if alike and not is_local(way) else i)}
+        for i in range(len(series.points))
+    ]
+
+
+def is_local(way: str) -> bool:
+    """Whether a way has subgraphs."""
+    return way in LOCAL | COMPILED
 
 
 def slope(sizes: Sequence[int], times: Sequence[float]) -> float:
@@ -80,63 +139,87 @@ def slope(sizes: Sequence[int], times: Sequence[float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-Times = dict[str, list[float]]
+def exponent(series: Series, found: list[Times], way: str) -> str:
+    """Of a way's medians; none of one that was timed once for all points."""
+    if series.field == "subgraphs" and not is_local(way):
+        return "-"
+    return f"{slope(series.sizes(), [statistics.median(times[way]) for times in found]):+.2f}"
 
 
-def rows(series: Series, found: list[Times]) -> list[list[str]]:
-    """The table of one series: a row for each size, and one of the exponents."""
+def table(series: Series, found: list[Times]) -> str:
+    """A row for each size, and one of the exponents."""
+    ways = list(found[0])
     lines = []
     for size, times in zip(series.sizes(), found, strict=True):
-        middle = [f"{1000 * statistics.median(times[way]):.2f}" for way in WAYS]
-        lines.append([str(size), *middle, *(report.ratio(times[way], times["backprop"]) for way in WAYS[1:])])
-    slopes = [f"{slope(series.sizes(), [statistics.median(t[way]) for t in found]):+.2f}" for way in WAYS]
-    return [*lines, ["**exponent**", *slopes, "", ""]]
+        middle = {way: f"{1000 * statistics.median(times[way]):.2f}" for way in ways}
+        others = (f"{middle[way]}: {report.ratio(times[way], times[BASE])}" for way in ways if way != BASE)
+        lines.append([str(size), middle[BASE], *others])
+    lines.append(["**exponent**", *(exponent(series, found, way) for way in ways)])
+    return report.table([series.field, *(f"{way}, ms" for way in ways)], lines)
 
 
-def plot(found: list[tuple[Series, list[Times]]]) -> None:
+def plot(name: str, found: list[tuple[Series, list[Times]]]) -> None:
     """Time against size on logarithmic axes, one panel for each series."""
     from matplotlib.ticker import NullLocator
 
-    with report.pictures("scaling", len(found), 3.2, 3.4) as panels:
+    with report.pictures(name, len(found), 3.6, 4.6) as panels:
         for axes, (series, all_times) in zip(panels, found, strict=True):
-            for way in WAYS:
+            for way in all_times[0]:
                 times = [1000 * statistics.median(t[way]) for t in all_times]
-                exponent = slope(series.sizes(), times)
-                axes.loglog(series.sizes(), times, "o-", markersize=4, label=f"{way}: {exponent:+.2f}")
+                label = f"{way}: {exponent(series, all_times, way)}"
+                axes.loglog(series.sizes(), times, "o-" if is_local(way) else "s--", markersize=4, label=label)
             axes.set_xticks(series.sizes(), [str(size) for size in series.sizes()], fontsize=7)
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(series.field)
-            axes.legend(fontsize=7, title="exponent", title_fontsize=7)
+            axes.legend(fontsize=7, title="exponent", title_fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1))
         panels[0].set_ylabel("milliseconds a step")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too; its first steps take minutes")
+    parser.add_argument("--optimizer", default="adam-fused", choices=list(OPTIMIZERS))
+    parser.add_argument("--clock", default="wall", choices=["wall", "process"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--return-memory", action="store_true", help="freed memory goes to the system as glibc likes")
+    parser.add_argument("--only", default="", help="the series to measure", choices=["", *(s.field for s in SERIES)])
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measure all series and write benchmarks/results/scaling.md and its picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--optimizer", default="adam-fused", choices=list(OPTIMIZERS))
-    parser.add_argument("--clock", default="wall", choices=["wall", "process"])
-    options = parser.parse_args()
+    options = arguments()
     torch.set_num_threads(options.threads)
-    clock: Callable[[], float] = time.process_time if options.clock == "process" else time.perf_counter
-    found = []
+    if not options.return_memory:
+        report.keep_memory()
+    found, tables = [], []
     for series in SERIES:
-        times = [report.in_turn(ways(point, options.optimizer), options.rounds, clock) for point in series.points]
-        found.append((series, times))
-        print(series.field, rows(series, times), file=sys.stderr)
-    plot(found)
-    tables = []
-    for series, times in found:
-        header = [series.field, *(f"{way}, ms" for way in WAYS), *(f"{way} / backprop" for way in WAYS[1:])]
-        fixed = "depth 15, width 256, batch 64" if series.field == "subgraphs" else "else depth 8, width 256, batch 64"
-        tables.append(f"## {series.field.capitalize()} ({fixed})\n\n{report.table(header, rows(series, times))}")
+        if options.only in ("", series.field):
+            times = measure(series, options)
+            found.append((series, times))
+            fixed = (
+                "depth 15, width 256, batch 64" if series.field == "subgraphs" else "else depth 8, width 256, batch 64"
+            )
+            tables.append(f"## {series.field.capitalize()} ({fixed})\n\n{table(series, times)}")
+            print(tables[-1], file=sys.stderr)
+    parts = ["scaling", *(["compiled"] if options.compiled else [])]
+    parts += [] if (options.device, options.dtype) == ("cpu", "float32") else [options.device, options.dtype]
+    name = "_".join(parts)
+    plot(name, found)
     notes = (
-        f"Hidden layers of tanh units on {INPUTS} inputs, one subgraph a layer, {options.optimizer}; medians over "
-        f"{options.rounds} rounds, ratios with quartiles. The exponent p of time ~ size^p is fitted on logarithms."
+        f"Hidden layers of tanh units on {INPUTS} inputs, one subgraph a layer, {options.optimizer}. Milliseconds are "
+        f"medians over {options.rounds} rounds, after the colon the ratio to eager backprop within the round, with "
+        "quartiles. The exponent p of time ~ size^p is fitted on logarithms. All models of a table take their steps in "
+        "turn in one process; what has no subgraphs was timed once in each round of the last table, for all its rows."
     )
+    notes += report.load() + ("" if options.return_memory else " Freed memory is kept by the process.")
+    notes += "" if options.clock == "wall" else " CPU time of the process, not of the clock."
     command = " ".join(["python -m benchmarks.scaling", *sys.argv[1:]])
-    report.write("scaling", "Scaling of a training step", command, [*tables, "![scaling](scaling.png)"], notes)
+    report.write(name, "Scaling of a training step", command, [*tables, f"![scaling]({name}.png)"], notes)
 
 
 if __name__ == "__main__":

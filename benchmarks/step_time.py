@@ -9,9 +9,7 @@ feedback alignment is measured too if that package can be imported (it needs no 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import importlib.util
 import math
 import statistics
 import sys
@@ -25,14 +23,26 @@ from torch import Tensor, nn
 
 import graphlocal
 from benchmarks import report
-from benchmarks.models import LARGE, SMALL, SPARSE, Case, Encoder, checkpointed, loss_fn, mlp, on_gpu
+from benchmarks.models import (
+    BIOTORCH,
+    LARGE,
+    SMALL,
+    SPARSE,
+    Case,
+    Encoder,
+    by_biotorch,
+    checkpointed,
+    compiled,
+    loss_fn,
+    mlp,
+    on_gpu,
+)
 from benchmarks.report import Step
 from graphlocal.rules import RecLRA
 
 __all__ = ["CASES", "Case", "Encoder", "Step", "loop", "loss_fn", "mlp", "ways"]
 
 CASES = SMALL
-BIOTORCH = "biotorch, feedback alignment"
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, lr=1e-4),
     "adam-fused": partial(torch.optim.Adam, lr=1e-4, fused=True),
@@ -93,34 +103,20 @@ def ways(case: Case, options: argparse.Namespace) -> dict[str, Step]:
         "rec-lra leaf, sparse E, fused": fused(local("leaf", rule=SPARSE)),
     }
     if options.compiled:
-        found["backprop, compiled"] = plain(torch.compile(copy.deepcopy(start)))
+        torch.compiler.reset()
+        found["backprop, compiled"] = plain(compiled(copy.deepcopy(start)))
         if options.device == "cpu" and any(isinstance(module, nn.Conv2d) for module in start.modules()):
-            kept = {"layout_optimization": False}  # what target="inductor" asks for on a CPU
-            found["backprop, compiled, layout kept"] = plain(torch.compile(copy.deepcopy(start), options=kept))
+            kept = compiled(copy.deepcopy(start), layout_optimization=False)  # as target="inductor" asks for on a CPU
+            found["backprop, compiled, layout kept"] = plain(kept)
         found["rec-lra, fused, inductor"] = fused(local("auto", "inductor"))
         found["rec-lra leaf, fused, inductor"] = fused(local("leaf", "inductor"))
-    if importlib.util.find_spec("biotorch") is not None:
-        try:
-            step = plain(_biotorch(copy.deepcopy(start)))
-            step()
-        except RuntimeError as error:  # of its linear layers, which take matrices only
-            print(f"{case.title}: biotorch fails: {error}", file=sys.stderr)
-        else:
-            found[BIOTORCH] = step
-    return found
-
-
-def _biotorch(model: nn.Module) -> nn.Module:
-    from biotorch.module.biomodule import BioModule
-
-    with contextlib.redirect_stdout(sys.stderr):
-        made: nn.Module = BioModule(model, mode="fa")
-    return made
+    aligned = by_biotorch(case.title, copy.deepcopy(start), plain)
+    return found | {name: plain(model) for name, model in aligned.items()}
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each way in each round."""
-    rounds = max(options.rounds // (5 if case in LARGE else 1), 5)
+    rounds = options.large_rounds if case in LARGE else options.rounds
     if options.device == "cuda":
         case = on_gpu(case)
         times = report.in_turn(ways(case, options), rounds, measure=report.seconds_on_gpu)
@@ -163,7 +159,8 @@ def plot(name: str, cases: Sequence[Case], found: list[dict[str, list[float]]], 
 def main() -> None:
     """Measure the cases and write benchmarks/results/step_time.md and its picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40, help="of the small cases; a fifth of them of the large ones")
+    parser.add_argument("--rounds", type=int, default=40, help="of the small cases")
+    parser.add_argument("--large-rounds", type=int, default=9, help="of the large cases")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--large", action="store_true", help="ResNet-18 and 50, ViT-S, a decoder of GPT-2's shape")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too; its first steps take minutes")
@@ -197,7 +194,8 @@ def main() -> None:
         tables += ["Ratios to compiled backprop:", report.table(["model", "batch", f"{base}, ms", *local], rows)]
     notes = (
         f"Ratios to eager backprop but where it says otherwise, all with {options.optimizer}: median and quartiles "
-        'over rounds. Below 1 is faster. Columns without "fused" call loss.backward() and optimizer.step(), the others '
+        f"over {options.large_rounds if options.large else options.rounds} rounds. "
+        'Below 1 is faster. Columns without "fused" call loss.backward() and optimizer.step(), the others '
         'train_step; target="auto" but where it says inductor.'
     )
     notes += report.load() + ("" if options.return_memory else " Freed memory is kept by the process.")

@@ -1,17 +1,22 @@
 """How many bytes of tensors live at one time, counted on any device.
 
-Only what operators return is seen: workspaces inside of a kernel, and memory that an allocator keeps in reserve, are
-not counted. `torch.cuda.max_memory_allocated` counts the former on a GPU.
+`LiveMemory` sees only what operators return: workspaces inside of a kernel, and memory that an allocator keeps in
+reserve, are not counted. `allocated_bytes` asks the allocators, which know of the former too, and of compiled code,
+which doesn't run under a dispatch mode.
 """
 
 from __future__ import annotations
 
+import json
+import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,6 +90,42 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
             function()
         peak: int = memory.peak
         return peak
+    return allocated_bytes(function, device)
+
+
+def allocated_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that torch's allocator hands out at one time while `function` runs, over what lived before.
+
+    On a CPU by what torch.profiler records of this thread: what `function` frees and did not make doesn't count, as in
+    `LiveMemory`, and neither does what libraries and generated code get from the system by themselves.
+    """
+    if device.type == "cuda":
+        return _allocated_on_gpu(function, device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        recorded.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    return _peak(event for event in events if event.get("name") == "[memory]")
+
+
+def _peak(events: Iterable[dict[str, Any]]) -> int:
+    """The peak by the profiler's events of allocations, and of deallocations with a negative size."""
+    sizes: dict[int, int] = {}
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size >= 0:
+            sizes[address] = size
+            now += size
+            peak = max(peak, now)
+        else:
+            now -= sizes.pop(address, 0)  # 0: an earlier profile has seen it made
+    return peak
+
+
+def _allocated_on_gpu(function: Callable[[], object], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

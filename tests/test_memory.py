@@ -15,9 +15,10 @@ from training import Step, step
 
 import graphlocal
 import zoo
+from graphlocal.demo import SmallResNet
 from graphlocal.errors import InputError
 from graphlocal.execution import Execution
-from graphlocal.live_memory import LiveMemory, peak_bytes
+from graphlocal.live_memory import LiveMemory, allocated_bytes, peak_bytes
 from graphlocal.memory import memory
 from graphlocal.partial_optimizer import Gathering
 from graphlocal.rules import Backprop, EquilibriumPropagation, LRADiff, RecLRA
@@ -69,6 +70,56 @@ def test_live_memory_sees_what_autograd_keeps_and_the_parts_of_sparse_tensors():
         del table
     assert live.now == 0
     assert peak_bytes(lambda: torch.ones(10), torch.device("cpu")) == 40
+
+
+def test_the_allocator_forgets_what_is_freed_and_does_not_count_what_was_there():
+    kept = [torch.ones(1000)]
+
+    def make_and_free() -> None:
+        kept.append(torch.ones(250))
+        kept[0] = torch.ones(500)
+        del kept[1]
+        torch.ones(100)
+
+    cpu = torch.device("cpu")
+    assert allocated_bytes(make_and_free, cpu) == 3000
+    assert allocated_bytes(make_and_free, cpu) == 3000  # frees what the first run made
+    assert allocated_bytes(lambda: None, cpu) == 0
+
+
+def steps_of(way: str, trained: nn.Module, x: Tensor, loss: Callable[[Any], Tensor]) -> Callable[[], object]:
+    """A training step, after the ones that make what lives between steps."""
+    local = trained if way == "backprop" else graphlocal.compile(trained, example_inputs=(x,))
+    optimizer = torch.optim.Adam(local.parameters(), 1e-3, fused=True)
+    fused = graphlocal.train_step(local, lambda z, _: loss(z), optimizer) if way == "fused" else None
+
+    def run() -> None:
+        if fused is not None:
+            fused(x, None)
+            return
+        loss(local(x)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        run()
+    return run
+
+
+@pytest.mark.parametrize("way", ["backprop", "drop-in", "fused"])
+@pytest.mark.parametrize("name", ["mlp", "vit"])
+def test_the_allocator_counts_what_live_memory_counts(name, way):
+    model = zoo.MODELS[name]
+    run = steps_of(way, model.make(), *model.example(), model.loss)
+    counts = [count(run, torch.device("cpu")) for count in (peak_bytes, allocated_bytes)]
+    assert counts[1] == pytest.approx(counts[0], rel=0.02)
+
+
+@pytest.mark.parametrize("way", ["backprop", "fused"])
+def test_the_allocator_counts_the_workspaces_of_convolutions_too(way):
+    run = steps_of(way, SmallResNet(), torch.randn(256, 1, 8, 8), lambda z: z.square().mean())
+    counts = [count(run, torch.device("cpu")) for count in (peak_bytes, allocated_bytes)]
+    assert counts[0] <= counts[1] <= 1.15 * counts[0]
 
 
 # What a step keeps
