@@ -159,26 +159,38 @@ def plan(
     link = Link(units.bandwidth(bandwidth), units.seconds(latency))
     device = Device(units.rate(flops), units.bandwidth(memory, "memory"), units.seconds(launch, "launch"))
     costs = measured_costs(local.compiled) if measured else roofline_costs(local.compiled, sizes, device)
-    found = _simulated(local, costs, sizes, link, counts)
+    in_parts = costs
+    if device.launch and parts > 1 and not measured:  # every microbatch starts all operators
+        in_parts = roofline_costs(local.compiled, sizes, replace(device, launch=parts * device.launch))
+    found = _simulated(local, costs, in_parts, sizes, link, counts)
     return replace(found, memory=memory_of(local.compiled, optimizer)) if peak else found
 
 
-def _simulated(local: LocalModule, costs: StepCosts, sizes: Sizes, link: Link, counts: Mapping[str, int]) -> Plan:
-    """The plan, but for the memory. counts: `devices`, `streams` and `microbatches`."""
+def _simulated(
+    local: LocalModule, costs: StepCosts, in_parts: StepCosts, sizes: Sizes, link: Link, counts: Mapping[str, int]
+) -> Plan:
+    """The plan, but for the memory. costs: of the batch at once; in_parts: of all its microbatches together.
+
+    counts: `devices`, `streams` and `microbatches`.
+    """
     graph, streams, parts = local.graph, counts["streams"], counts["microbatches"]
     costly = [sum(costs.local.get((k, n), 0.0) for k in KINDS) for n in graph.number.values()]
     place = balanced(costly, counts["devices"])
     capacity = {device_name(d): streams for d in range(counts["devices"])}
-    timelines = {"local": simulate(pipelines.local(graph, place, costs.local, parts, link, sizes), capacity)}
+    timelines = {"local": simulate(pipelines.local(graph, place, in_parts.local, parts, link, sizes), capacity)}
     alone = {"local": sum(costs.local.values()), "backprop": sum(costs.backprop.values())}
     for name in ("gpipe", "1f1b"):
-        timelines[name] = simulate(pipelines.backprop(graph, place, costs.backprop, parts, link, sizes, name))
+        timelines[name] = simulate(pipelines.backprop(graph, place, in_parts.backprop, parts, link, sizes, name))
     every = 0
-    if costs.calibration is not None and local.options.rule.calibration is not None:
+    if (
+        costs.calibration is not None
+        and in_parts.calibration is not None
+        and local.options.rule.calibration is not None
+    ):
         every, wired = local.options.rule.calibration.every, local.compiled.calibration.graph
         # the fits read the errors that the maps read
         wired = replace(wired, connections=(*wired.connections, *(c for c in graph.connections if c.fitted)))
-        tasks = pipelines.local(wired, place, costs.calibration, parts, link, sizes)
+        tasks = pipelines.local(wired, place, in_parts.calibration, parts, link, sizes)
         timelines["calibration"], alone["calibration"] = simulate(tasks, capacity), sum(costs.calibration.values())
     ways = {"by itself": None, "overlapping (step.run)": 0, "with staleness=1": 1}
     in_a_row = {name: seconds_a_step(graph, costs.local, max(streams, 2), k) for name, k in ways.items()}

@@ -81,19 +81,23 @@ def test_no_gradient_is_sent_of_what_is_no_float():
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+            self.below, self.above = nn.Linear(8, 8), nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            h = self.embed(x)
+            h = self.below(x)
             mask = h > 0
-            return self.head(torch.where(mask, self.mix(h), h))
+            return self.above(h.masked_fill(mask, 1.0))
 
-    local = graphlocal.compile(Masked(), example_inputs=torch.randn(BATCH, 8), rule="backprop", partition="leaf")
+    def half(op: graphlocal.ir.Operation) -> str:
+        return "above" if op.module == "above" or "masked_fill" in op.target else "below"
+
+    local = graphlocal.compile(Masked(), example_inputs=torch.randn(BATCH, 8), rule="backprop", partition=half)
     graph = local.graph
-    tasks = pipelines.backprop(graph, range(len(graph.subgraphs)), costs_of(graph), 1, Link(), Sizes(graph, {"B": 8}))
-    sent = {task.name.split()[1] for task in tasks if task.label == "g"}
-    assert sent
-    assert all(graph.is_float(value) for value in sent)
+    tasks = pipelines.backprop(graph, [0, 1], costs_of(graph), 1, Link(), Sizes(graph, {"B": BATCH}))
+    sent = {label: {t.name.split()[1] for t in tasks if t.label == label} for label in "zg"}
+    assert len(sent["z"]) == 2  # h and the mask
+    assert sent["g"] == {value for value in sent["z"] if graph.is_float(value)}
+    assert len(sent["g"]) == 1
 
 
 # Links
@@ -168,6 +172,14 @@ def test_starting_an_operator_takes_the_time_that_is_given_and_by_default_none(r
     assert (some - none) / 1e-3 == pytest.approx(round((some - none) / 1e-3))
     with pytest.raises(InputError, match="launch is 'soon'"):
         graphlocal.plan(local, launch="soon")
+
+
+@pytest.mark.parametrize("rule", ["rec-lra", "lra-fdbk"])
+def test_every_microbatch_starts_all_operators(rule):
+    local = two_heads(rule)
+    found = graphlocal.plan(local, devices=1, microbatches=4, flops="1e9T", memory="1e9GB", launch="1ms")
+    for name, alone in (("local", "local"), ("gpipe", "backprop")):
+        assert found.timelines[name].makespan == pytest.approx(4 * found.one_device[alone], rel=1e-6)
 
 
 def test_the_graphs_roofline_starts_every_operator_of_an_error():
