@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from graphlocal.compiler import Compiled
-from graphlocal.passes.cost import Key
+from graphlocal.passes.cost import Key, Sizes, open_sizes
 from graphlocal.preserve import preserved
 from graphlocal.targets.accesses import annotate
 from graphlocal.targets.flat import flatten
 from graphlocal.targets.lowered import lower
 from graphlocal.targets.pieces import Cut, cut
 from graphlocal.targets.shared_errors import sum_positions
-from graphlocal.targets.training_graph import split
+from graphlocal.targets.training_graph import TrainingGraph, split
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,46 @@ class Measured:
     step: float
 
 
+def lowered_step(compiled: Compiled) -> TrainingGraph:
+    """The lowered training graph for the example inputs, and `example_labels` where the rule needs labels.
+
+    Raises NotLowered for a model without a lowered form.
+    """
+    labels = example_labels(compiled)
+    lowered = lower(compiled.training, _leaves(compiled), compiled.differentiable, labels=labels)
+    sum_positions(lowered)
+    return lowered
+
+
+def example_labels(compiled: Compiled) -> Tensor | None:
+    """Labels for rules that need them, which the example inputs don't hold: one class for each row of features.
+
+    (batch,) for logits of batch x classes, batch x tokens for batch x tokens x classes; int64. None for other rules.
+    """
+    if not compiled.rule.needs_labels:
+        return None
+    graph, leaves = compiled.graph, _leaves(compiled)
+    example = next(x for x in leaves if isinstance(x, Tensor))
+    output = next(v for v in graph.outputs if graph.is_float(v) and v in graph.representation)
+    known, sizes = graph.type(output), Sizes(graph, open_sizes(graph, leaves))
+    assert known is not None
+    axis = graph.representation[output].axis
+    shape = [sizes.dim(n) for k, n in enumerate(known.shape) if k != axis]
+    return torch.zeros(shape, dtype=torch.int64, device=example.device)
+
+
+def _leaves(compiled: Compiled) -> list[Any]:
+    return [x.detach() if isinstance(x, Tensor) else x for x in compiled.traced.arguments.leaves]
+
+
 def measure(compiled: Compiled, repeats: int = 15) -> Measured:
     """Time the actions of the lowered training graph on the example inputs; the model is left as it was.
 
     Raises NotLowered for a model without a lowered form.
     """
-    leaves = [x.detach() if isinstance(x, Tensor) else x for x in compiled.traced.arguments.leaves]
-    lowered = lower(compiled.training, leaves, compiled.differentiable)
-    sum_positions(lowered)
+    leaves, labels = _leaves(compiled), example_labels(compiled)
+    after_loss = () if labels is None else (labels,)
+    lowered = lowered_step(compiled)
     annotate(lowered)
     forward, error = split(lowered)
     in_pieces = [_Timed(cut(module, join=False)) for module in (forward, error)]
@@ -49,9 +81,9 @@ def measure(compiled: Compiled, repeats: int = 15) -> Measured:
         for i in range(repeats + 2):
             for timed in in_pieces:
                 timed.keep = i > 1
-            _step(in_pieces[0], in_pieces[1], leaves, compiled.differentiable)
+            _step(in_pieces[0], in_pieces[1], leaves, compiled.differentiable, after_loss)
             start = _now()
-            _step(whole[0], whole[1], leaves, compiled.differentiable)
+            _step(whole[0], whole[1], leaves, compiled.differentiable, after_loss)
             if i > 1:
                 steps.append(_now() - start)
     found: defaultdict[Key, float] = defaultdict(float)
@@ -63,10 +95,13 @@ def measure(compiled: Compiled, repeats: int = 15) -> Measured:
     return Measured(dict(found), statistics.fmean(steps))
 
 
-def _step(forward: Callable[..., Any], error: Callable[..., Any], leaves: list[Any], taken: tuple[bool, ...]) -> None:
+def _step(
+    forward: Callable[..., Any], error: Callable[..., Any], leaves: list[Any], taken: tuple[bool, ...],
+    after_loss: tuple[Tensor, ...],
+) -> None:  # fmt: skip
     outputs, saved = forward(*leaves)
     errors = [torch.ones_like(z) / z.numel() if wanted else None for z, wanted in zip(outputs, taken, strict=True)]
-    error(saved, errors, False)
+    error(saved, errors, False, *after_loss)
 
 
 class _Timed:

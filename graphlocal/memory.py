@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from graphlocal import units
-from graphlocal.compiler import Compiled
+from graphlocal.compiler import Compiled, require_schedule
 from graphlocal.errors import InputError
 from graphlocal.execution import Execution
 from graphlocal.live_memory import peak_bytes
@@ -104,6 +104,7 @@ def memory(compiled: Compiled, optimizer: OptimizerClass) -> Memory:
 
     Raises InputError for a rule that runs no schedule, or takes labels.
     """
+    require_schedule(compiled.rule)
     if compiled.rule.needs_labels:
         raise InputError(
             f"the memory of a step of the rule {compiled.rule.name!r} is not measured",

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+from torch import Tensor
 
 from graphlocal.errors import InputError
 from graphlocal.ir import ActionKind, LocalGraph, Operation, Subgraph, TensorType
@@ -48,15 +50,32 @@ class Sizes:
         return self.of_type(self.graph.type(value))
 
     def of_type(self, type: TensorType | None) -> int:
-        return prod(map(self._dim, type.shape)) * _BYTES.get(type.dtype, 4) if type else 0
+        return prod(map(self.dim, type.shape)) * _BYTES.get(type.dtype, 4) if type else 0
 
-    def _dim(self, dim: int | str) -> int:
+    @property
+    def batch(self) -> int:
+        """The first axis of the first output that has one, or else of the first input; 1 where none has."""
+        types = [self.graph.type(v) for v in self.graph.outputs if v in self.graph.operation]
+        shapes = (t.shape for t in (*types, *(item.type for item in self.graph.inputs)) if t and t.shape)
+        return self.dim(next(shapes, (1,))[0])
+
+    def dim(self, dim: int | str) -> int:
+        """A size as a number. Raises InputError for one that `dims` doesn't tell."""
         try:
             return dim if isinstance(dim, int) else _number(ast.parse(dim, mode="eval").body, self.dims)
         except (SyntaxError, KeyError, TypeError, ZeroDivisionError):
             raise InputError(
                 f"the size {dim!r} of a value is not known", remedy="give the sizes of the inputs"
             ) from None
+
+
+def open_sizes(graph: LocalGraph, leaves: Sequence[Any]) -> dict[str, int]:
+    """The sizes that the graph leaves open, as the flattened arguments of a call have them."""
+    found: dict[str, int] = {}
+    for item, leaf in zip(graph.inputs, leaves, strict=True):
+        if item.type is not None and isinstance(leaf, Tensor):
+            found |= {d: n for d, n in zip(item.type.shape, leaf.shape, strict=True) if isinstance(d, str)}
+    return found
 
 
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
@@ -82,7 +101,8 @@ def roofline(graph: LocalGraph, sizes: Sizes, device: Device, exact: bool = Fals
 
     Forward: every operation once. `U`: the gradient of each operation's parameters, and of its inputs where they are
     computed inside the subgraph or a message goes back, each at the cost of the forward. `D`: one product with E, and
-    the traffic of five values of the representation's size (target, error, and their parts).
+    five values of the representation's size (target, error, and their parts). What else a rule's actions do (inner
+    steps, decoders, twins, normalizations) isn't in the graph: `graphlocal.step_costs` counts the operators of those.
     """
     costs: dict[Key, float] = {}
     for subgraph in graph.subgraphs:
@@ -118,7 +138,7 @@ def _displacement(graph: LocalGraph, subgraph: Subgraph, sizes: Sizes, device: D
     incoming = [c for c in graph.incoming(subgraph.name) if not c.exact]
     if not incoming:
         return 0.0
-    total = 5 * sum(sizes.of(value) for value in {c.value for c in incoming}) / device.bytes
+    total = 5 * sum(device.seconds(0, sizes.of(value)) for value in sorted({c.value for c in incoming}))
     for c in incoming:
         if c.kind == "feedback":
             positions = sizes.of(c.source_value) / 4 / max(c.weight[-1], 1)

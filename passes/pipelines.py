@@ -2,10 +2,11 @@
 
 A device holds neighbouring subgraphs (in topological order). A value that a subgraph on another device reads is sent
 once to each such device; a device sends one message at a time. Microbatches accumulate gradients, so that all
-schedules compute the same step:
+schedules compute the same step. The loss is computed on one device, from all outputs, which are sent there, and sends
+their errors back:
 
 - **local**: the forward pipeline; then, once the loss of a microbatch is known, its errors are broadcast along the
-  skip-errors, and every device displaces and updates on its own;
+  skip-errors, and every device displaces and updates on its own (local heads don't wait for the loss);
 - **gpipe** (Huang et al. 2019): all forward passes, then all backward passes;
 - **1f1b** (Narayanan et al. 2019, PipeDream-Flush): one forward, one backward, in turn, after a warm-up.
 """
@@ -18,7 +19,7 @@ from itertools import pairwise
 
 from graphlocal.ir import LocalGraph
 from graphlocal.passes.cost import KINDS, Key, Sizes
-from graphlocal.passes.simulate import Task
+from graphlocal.passes.simulate import Task, Timeline
 from graphlocal.verify import action_dependencies
 
 
@@ -89,17 +90,27 @@ class Tasks:
             name = f"{what} {value} {source}>{target}.{k}"
             seconds = size / self.link.bandwidth
             delay = self.link.latency if self.sizes is not None else 0.0
-            self.tasks.append(Task(name, f"port {source}", seconds, tuple(after), delay, label=what, bytes=size))
+            port, to = f"port {source}", device_name(target)
+            self.tasks.append(Task(name, port, seconds, tuple(after), delay, label=what, bytes=size, to=to))
             self.sent[key] = name
         return [self.sent[key]]
 
     def owner(self, value: str) -> int | None:
         """The number of the subgraph that computes a value; None for inputs and sizes."""
         name = self.graph.owner.get(value)
-        return self.graph.number[name] if name else None
+        return None if name is None else self.graph.number[name]
 
     def device(self, number: int) -> int:
         return self.place[number - 1]
+
+    def outputs(self) -> list[tuple[str, int]]:
+        """The values that the model returns, each once, with their devices."""
+        owners = ((v, self.owner(v)) for v in dict.fromkeys(self.graph.outputs))
+        return [(v, self.device(owner)) for v, owner in owners if owner]
+
+    def loss_device(self) -> int:
+        """Where the loss is computed: the last device that gives an output."""
+        return max(device for _, device in self.outputs())
 
     def forward(self, costs: Mapping[Key, float]) -> None:
         """The forward pipeline."""
@@ -124,12 +135,11 @@ def local(
     """The step of local learning. costs: seconds of each action on the whole batch."""
     tasks = Tasks(graph, place, microbatches, link, sizes)
     tasks.forward(costs)
-    outputs = [v for v in graph.outputs if tasks.owner(v)]
-    last = max(tasks.device(tasks.owner(v) or 1) for v in outputs)
+    last = tasks.loss_device()
     order = [key for key in action_dependencies(graph) if key[0] != "F"]
     scheduled = [(a.kind, a.subgraph) for a in graph.schedule if a.kind != "F"]
     for k in range(1, microbatches + 1):
-        loss = [name for v in outputs for name in tasks.value(v, last, k)]
+        loss = [name for v, _ in tasks.outputs() for name in tasks.value(v, last, k)]
         for kind, n in scheduled or order:
             after = [f"D{n}.{k}"] if kind == "U" else [f"F{n}.{k}", *_messages(tasks, n, last, loss, k)]
             tasks.run(f"{kind}{n}", tasks.device(n), costs[kind, n] / microbatches, after, k)
@@ -145,6 +155,8 @@ def _messages(tasks: Tasks, n: int, last: int, loss: list[str], k: int) -> list[
     found: list[str] = []
     device = tasks.device(n)
     for c in tasks.graph.incoming(tasks.graph.subgraphs[n - 1].name):
+        if c.kind == "head":  # the labels are on every device
+            continue
         if c.kind == "loss":
             found += tasks.send(c.value, "e", last, device, loss, k)
             continue
@@ -169,9 +181,7 @@ def backprop(
         [sum(costs.get((kind, n), 0.0) for n in numbers for kind in kinds) / microbatches for numbers in members]
         for kinds in (KINDS[:1], KINDS[1:])
     )
-    crossing = sorted({(v, place[(tasks.owner(v) or 1) - 1], tasks.device(graph.number[s.name]))
-                       for s in graph.subgraphs for v in s.inputs if tasks.owner(v)})  # fmt: skip
-    crossing = [(v, a, b) for v, a, b in crossing if a != b]
+    crossing = _crossing(tasks)
     orders = [_order(schedule, stage, stages, microbatches) for stage in range(stages)]
     before = {task: previous for order in orders for previous, task in pairwise(order)}
     for k in range(1, microbatches + 1):
@@ -180,13 +190,51 @@ def backprop(
             after += [before[f"F{stage + 1}.{k}"]] if f"F{stage + 1}.{k}" in before else []
             tasks.run(f"F{stage + 1}", stage, forward[stage], after, k)
     for k in range(1, microbatches + 1):
+        errors = _errors(tasks, k)
         for stage in reversed(range(stages)):
-            after = [f"F{stages}.{k}", f"F{stage + 1}.{k}"]
-            below = [(v, b) for v, a, b in crossing if a == stage]
+            after = [f"F{stage + 1}.{k}", *errors.get(stage, ())]
+            below = [(v, b) for v, a, b in crossing if a == stage and graph.is_float(v)]
             after += [t for v, b in below for t in tasks.send(v, "g", b, stage, [f"B{b + 1}.{k}"], k)]
             after += [before[f"B{stage + 1}.{k}"]] if f"B{stage + 1}.{k}" in before else []
             tasks.run(f"B{stage + 1}", stage, backward[stage], after, k)
     return tasks.tasks
+
+
+def _crossing(tasks: Tasks) -> list[tuple[str, int, int]]:
+    """The values that one device computes and another reads, as (value, from, to)."""
+    read = ((v, tasks.owner(v), tasks.graph.number[s.name]) for s in tasks.graph.subgraphs for v in s.inputs)
+    found = {(v, tasks.device(owner), tasks.device(reader)) for v, owner, reader in read if owner}
+    return sorted((v, a, b) for v, a, b in found if a != b)
+
+
+def _errors(tasks: Tasks, k: int) -> dict[int, list[str]]:
+    """For each stage that gives outputs, the tasks after which their errors of microbatch k are on its device.
+
+    The loss waits for all outputs of the microbatch.
+    """
+    last, learning = tasks.loss_device(), {v for neuron in tasks.graph.error_neurons for v in neuron.values}
+    loss = [t for v, a in tasks.outputs() for t in tasks.send(v, "z", a, last, [f"F{a + 1}.{k}"], k)]
+    found: dict[int, list[str]] = {}
+    for v, a in tasks.outputs():
+        if v in learning:
+            found.setdefault(a, []).extend(tasks.send(v, "e", last, a, loss, k))
+    return found
+
+
+def busiest_link(timeline: Timeline) -> tuple[str, float] | None:
+    """The device whose messages take longest, with where they go (`device 2 -> device 3`), and those seconds.
+
+    None if nothing is sent.
+    """
+    sent: dict[str, list[Task]] = {}
+    for slot in timeline.slots:
+        if slot.task.to and slot.task.seconds:
+            sent.setdefault(slot.task.resource, []).append(slot.task)
+    if not sent:
+        return None
+    port, tasks = max(sent.items(), key=lambda item: sum(task.seconds for task in item[1]))
+    targets = " and ".join(sorted({task.to for task in tasks}))
+    return f"{port.replace('port', 'device')} -> {targets}", sum(task.seconds for task in tasks)
 
 
 def _order(schedule: str, stage: int, stages: int, microbatches: int) -> list[str]:

@@ -20,6 +20,7 @@ class Task:
     """resource: what it occupies for `seconds`; "" for nothing. after: names of the tasks that it waits for.
 
     delay: seconds from its end until those that wait for it may start (the latency of a link). label: in pictures.
+    bytes: that it moves, to the resource `to`.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Task:
     delay: float = 0.0
     label: str = ""
     bytes: int = 0
+    to: str = ""
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,14 @@ class NotLowered(GraphLocalError):
 
 
 def lower(
-    training: TrainingGraph, inputs: Sequence[Any], taken: Sequence[bool], any_batch: bool = False
-) -> TrainingGraph:
+    training: TrainingGraph, inputs: Sequence[Any], taken: Sequence[bool], any_batch: bool = False,
+    labels: Tensor | None = None,
+) -> TrainingGraph:  # fmt: skip
     """The training graph as ATen operators, for inputs like these.
 
     inputs: the flattened arguments of the model. taken: for each output, whether the loss sends it an error.
-    any_batch: leave the size of the first axis of the inputs open.
+    any_batch: leave the size of the first axis of the inputs open. labels: labels like those of local heads; the error
+    pass then takes such labels as its last argument.
 
     Raises NotLowered where the graph runs Python code of the user's, or looks at the values of its data.
     """
@@ -50,7 +52,7 @@ def lower(
                 f"{node.target} holds Python code that runs at every step",
                 why="an opaque leaf, a guard or a higher-order operator is no fixed list of operators",
             )
-    recording = _Recording(training, inputs, taken)
+    recording = _Recording(training, inputs, taken, labels)
     states, tensors = recording.arguments
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -100,10 +102,12 @@ _BLOCKS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
 class _Recording:
-    """One run of a training graph, with the states that it reads and its tensor inputs as arguments."""
+    """One run of a training graph, with the states that it reads, its tensor inputs and labels as arguments."""
 
-    def __init__(self, training: TrainingGraph, inputs: Sequence[Any], taken: Sequence[bool]) -> None:
-        self.training, self.taken = training, taken
+    def __init__(
+        self, training: TrainingGraph, inputs: Sequence[Any], taken: Sequence[bool], labels: Tensor | None
+    ) -> None:
+        self.training, self.taken, self.labelled = training, taken, labels is not None
         module = training.module
         self.states = list(dict.fromkeys(str(node.target) for node in module.graph.find_nodes(op="get_attr")))
         self.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
@@ -113,18 +117,20 @@ class _Recording:
             if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
                 raise NotLowered(f"a tensor of class {type(value).__name__} is among the inputs or parameters")
         self.requires_grad = [value.requires_grad for value in values]
-        self.arguments = ([value.detach() for value in values], [self.inputs[i] for i in self.tensors])
+        tensors = [self.inputs[i] for i in self.tensors]
+        self.arguments = ([value.detach() for value in values], tensors if labels is None else [*tensors, labels])
 
     def step(self, states: list[Tensor], tensors: list[Tensor]) -> list[Any]:
         """What the training graph returns, flattened."""
         given = list(self.inputs)
-        for i, tensor in zip(self.tensors, tensors, strict=True):
+        after_loss = (False, tensors[-1]) if self.labelled else ()  # retain, labels
+        for i, tensor in zip(self.tensors, tensors, strict=False):
             given[i] = tensor
         named = {
             name: value.detach().requires_grad_() if wish else value
             for name, value, wish in zip(self.states, states, self.requires_grad, strict=True)
         }
-        returned = Tagging(self.training.module, named).run(*given, self._loss)
+        returned = Tagging(self.training.module, named).run(*given, self._loss, *after_loss)
         leaves, self.spec = pytree.tree_flatten(returned)
         return leaves
 
@@ -203,12 +209,15 @@ def _assembled(recording: _Recording, traced: fx.GraphModule) -> TrainingGraph:
     placeholders = iter(traced.graph.find_nodes(op="placeholder"))
     for name in recording.states:
         copied[next(placeholders)] = graph.get_attr(name)
-    given = [graph.placeholder(node.name) for node in source.graph.find_nodes(op="placeholder")[:-2]]
+    names = [node.name for node in source.graph.find_nodes(op="placeholder")]
+    given = [graph.placeholder(name) for name in names[: len(recording.inputs)]]
     for i in recording.tensors:
         copied[next(placeholders)] = given[i]
+    loss, _ = graph.placeholder("loss"), graph.placeholder("retain", default_value=False)
+    if recording.labelled:
+        copied[next(placeholders)] = graph.placeholder("labels_of_heads", default_value=None)
     for old, new in copied.items():
         new.meta["val"] = old.meta["val"]
-    loss, _ = graph.placeholder("loss"), graph.placeholder("retain", default_value=False)
     *operators, last = [node for node in traced.graph.nodes if node.op != "placeholder"]
     outputs, *gradients = pytree.tree_unflatten(list(last.args[0]), recording.spec)
     lifted = nn.Module()

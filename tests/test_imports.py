@@ -48,7 +48,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"passes"}),
     frozenset({"targets"}),
     frozenset({"execution"}),
-    frozenset({"compiler", "finite", "measured", "memory"}),
+    frozenset({"compiler", "finite", "measured", "memory", "step_costs"}),
     frozenset({"artefact"}),
     frozenset({"runtime"}),
     frozenset({"compile", "load", "overlap"}),

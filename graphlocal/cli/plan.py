@@ -17,10 +17,13 @@ def plan(
     devices: Annotated[int, typer.Option(min=1, help="Devices to spread the subgraphs over.")] = 8,
     bandwidth: Annotated[str, typer.Option(help="Of a device's link: 10Gb (bits a second), 1GB (bytes).")] = "10Gb",
     latency: Annotated[str, typer.Option(help="Of a link, such as 5us.")] = "5us",
-    streams: Annotated[int, typer.Option(min=1, help="Actions that a device runs at one time.")] = 1,
-    microbatches: Annotated[int, typer.Option(min=1, help="Parts that the batch is cut into.")] = 8,
+    streams: Annotated[int, typer.Option(min=1, help="Actions that a device runs at one time, at full speed.")] = 1,
+    microbatches: Annotated[
+        int | None, typer.Option(min=1, help="Parts that the batch is cut into: 8, or the batch if that is smaller.")
+    ] = None,
     flops: Annotated[str, typer.Option(help="A device's rate of arithmetic, such as 19.5T.")] = "1T",
     memory: Annotated[str, typer.Option(help="A device's rate of memory traffic, such as 1.6TB.")] = "100GB",
+    launch: Annotated[str, typer.Option(help="A device's time to start an operator, for the roofline: 5us.")] = "0s",
     measured: Annotated[bool, typer.Option("--measured", help="Time every action on this machine instead.")] = False,
     peak: Annotated[bool, typer.Option("--peak", help="Predict and measure the memory of a step, too.")] = False,
     recompute: Annotated[str, typer.Option(help="Subgraphs that keep less: globs between commas, * for all.")] = "",
@@ -32,6 +35,6 @@ def plan(
     local = compiled_model(model, input, set, rule, partition, depth, recompute)
     found = graphlocal.plan(
         local, devices, bandwidth, latency, streams, microbatches, flops=flops, memory=memory, measured=measured,
-        peak=peak,
+        peak=peak, launch=launch,
     )  # fmt: skip
     console.print(str(found), markup=False)
