@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 import numpy
@@ -27,7 +27,7 @@ from graphlocal.errors import (
     VerifyError,
 )
 from graphlocal.ir import Connection, LocalGraph
-from graphlocal.rules import Neuron, RecLRA, Rule, loss_connections
+from graphlocal.rules import RULES, Neuron, RecLRA, Rule, loss_connections
 
 X = zoo.vectors()
 
@@ -217,6 +217,13 @@ def test_a_model_whose_traced_forward_differs_from_its_eager_one(build, said):
         ({"rule": RecLRA}, ("rule=RecLRA is a class", "pass an instance: RecLRA()")),
         ({"rule": 3}, ("unknown rule 3", "backprop, auto, rec-lra")),
         ({"target": "egaer"}, ("unknown target 'egaer': did you mean 'eager'?", "targets:")),
+        ({"rule": None}, ("unknown rule None: known: backprop, auto", "an instance of a subclass")),
+        ({"target": None}, ("unknown target None: known: auto, eager", "targets:")),
+        ({"target": 3}, ("unknown target 3: known: auto, eager", "targets:")),
+        ({"target": [["eager"]]}, ("unknown target [['eager']]: known: auto, eager", "targets:")),
+        ({"recompute": None}, ("recompute is None", "pass True")),
+        ({"skip_errors": None}, ("skip_errors hold None", "pairs of names")),
+        ({"streams": "2"}, ("streams='2' with target 'auto'", 'pass target="streams"')),
         ({"partition": "laef"}, ("unknown partition 'laef': did you mean 'leaf'?", "globs of module paths")),
         ({"partition": 2.5}, ("partition is 2.5", "a number of segments")),
         ({"partition": None}, ("partition is None", '"auto"')),
@@ -257,6 +264,22 @@ def test_unknown_names_and_options_of_compile(options, said):
 def test_options_of_rec_lra_that_are_out_of_range(options, said):
     with refused(InputError, None, "RecLRA(", said):
         RecLRA(**options)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if is_dataclass(rule)], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("value", [None, "no", 0.3, [1], {}, object()], ids=lambda value: type(value).__name__)
+def test_an_option_of_a_rule_is_taken_or_refused_by_name(rule, value):
+    for option in fields(rule):
+        try:
+            rule(**{option.name: value})
+        except InputError as error:  # nothing else may come out of it
+            assert option.name in str(error)
+
+
+def test_a_kind_of_export_that_is_no_text(tmp_path):
+    local, _, _ = pair("mlp")
+    with refused(InputError, local.original, "unknown kind of export None", "known: "):
+        local.export(tmp_path / "model.onnx", kind=None)
 
 
 # Partitions and error paths
