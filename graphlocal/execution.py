@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graphlocal import autocast as amp
+from graphlocal.arguments import empty_batch, holds_no_sample
 from graphlocal.autocast import Autocast, autocast_now, under
 from graphlocal.norms import are_numbers, told_numbers
 from graphlocal.preserve import preserved
@@ -153,7 +154,7 @@ class Execution:
         if len(self._shapes) < MANY_SHAPES:
             self._shapes.add(shapes)
         asks_back = any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
-        if asks_back or shapes not in self._shapes or not (seen or self._strict):
+        if asks_back or holds_no_sample(leaves) or shapes not in self._shapes or not (seen or self._strict):
             return None
         try:
             with amp.off():
@@ -315,6 +316,8 @@ class Run:
         """What the error pass returns; afterwards nothing is kept for another one, unless it retains.
 
         labels: those of the batch, for rules with local heads; or the losses of its samples, for rules that need them.
+
+        Raises InputError for an empty batch, where the rule can't take one.
         """
         given = tuple(error is not None for error in errors)
         if self.passes.taken is not None and given != self.passes.taken:
@@ -323,11 +326,16 @@ class Run:
             with under(self.autocast):
                 self.saved = self.start.forward(self.passes)
         self.execution.taken = given
-        if self.autocast or amp.is_on():
-            with amp.off() if self.passes.casts else under(self.autocast):
+        try:
+            if self.autocast or amp.is_on():
+                with amp.off() if self.passes.casts else under(self.autocast):
+                    result = self.passes.error(self.saved, errors, *rest, retain, *labels)
+            else:
                 result = self.passes.error(self.saved, errors, *rest, retain, *labels)
-        else:
-            result = self.passes.error(self.saved, errors, *rest, retain, *labels)
+        except (RuntimeError, ArithmeticError) as error:
+            if not holds_no_sample(errors):
+                raise
+            raise empty_batch(f"the error pass takes means over samples: {error}") from error
         if not retain:
             self.saved = self.start = None
         return result
