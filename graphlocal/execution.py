@@ -24,7 +24,7 @@ from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
-from graphlocal.targets.overlap import Overlap, overlap
+from graphlocal.targets.overlap import Alone, Overlap, overlap
 from graphlocal.targets.recompute import recompute
 from graphlocal.targets.scratch import Scratch
 from graphlocal.targets.shared_errors import sum_positions
@@ -63,9 +63,9 @@ class Passes:
     telling: tuple[int, ...] | None = None
 
     @cached_property
-    def overlap(self) -> Overlap | None:
-        """The fused passes in pieces that may overlap with other steps', where that can be."""
-        return None if self.lowered is None else overlap(self.lowered)
+    def overlap(self) -> Overlap | Alone:
+        """The fused passes in pieces that may overlap with other steps', or why there are none."""
+        return Alone("the passes are not lowered") if self.lowered is None else overlap(self.lowered)
 
     @cached_property
     def are_numbers(self) -> Callable[[Sequence[Tensor | None]], bool]:
@@ -133,6 +133,15 @@ class Execution:
         if self.not_lowered is None and not amp.is_on():
             found = self._passes.get((signature(leaves), self.taken, True))
         return found
+
+    def never(self, leaves: Sequence[Any]) -> str | None:
+        """Why no step on arguments like these is ever known; None if one is, or can be once a step was made."""
+        if self.not_lowered is not None:
+            return f"the step is not lowered: {self.not_lowered.message}"
+        full = len(self._shapes) >= MANY_SHAPES and signature(leaves) not in self._shapes
+        return (
+            f"only the first {MANY_SHAPES} shapes of inputs are lowered, and these have another one" if full else None
+        )
 
     def _lowered(self, leaves: Sequence[Any], fused: bool, shapes: Any) -> Passes | None:
         last = self._last

@@ -125,9 +125,11 @@ class TrainStep:
         would then. Changes of the model are found, and the next batch begins anew (not those made through `.data`).
 
         staleness: by how many updates, at most, the forward pass may be behind (with target="streams"): the forward
-        passes of so many further batches come before the updates, in an order that is always the same.
+        passes of so many further batches come before the updates, in an order that is always the same. A first batch
+        of its shape is trained on by itself, after those before it.
 
-        Raises InputError for a staleness that can't be, and what step(x, y) raises.
+        Raises InputError for a staleness that can't be (also in the turn of a batch that can't overlap with others, as
+        under autocast), and what step(x, y) raises.
         """
         return overlapped(self, batches, staleness)
 
