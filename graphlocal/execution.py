@@ -14,6 +14,8 @@ from torch import Tensor
 from graphlocal import autocast as amp
 from graphlocal.arguments import empty_batch, holds_no_sample
 from graphlocal.autocast import Autocast, autocast_now, under
+from graphlocal.capture import is_capturing
+from graphlocal.errors import LocalTrainingError
 from graphlocal.norms import are_numbers, told_numbers
 from graphlocal.preserve import preserved
 from graphlocal.targets.accesses import annotate
@@ -309,7 +311,8 @@ class Run:
         self.execution, self.passes, self.fused = execution, passes, fused
         self.autocast = autocast_now() if amp.is_on() else ()
         self.scaled = any(dtype is torch.float16 for _, dtype in self.autocast) if self.autocast else False
-        may_differ = passes.taken is not None and execution.many_outputs
+        # A capture is of a loss that steps before it have run with, and may not read the GPU's random state.
+        may_differ = passes.taken is not None and execution.many_outputs and not is_capturing()
         self.start = _Start(execution.compiled, leaves) if may_differ else None
         self.outputs: list[Any]
         self.saved: list[Any] | None = None
@@ -330,7 +333,11 @@ class Run:
         """
         given = tuple(error is not None for error in errors)
         if self.passes.taken is not None and given != self.passes.taken:
-            assert self.start is not None
+            if self.start is None:
+                raise LocalTrainingError(
+                    "the loss takes other outputs of the model than in the steps before the capture",
+                    remedy="capture a step whose loss takes the same outputs each time",
+                )
             self.passes = self.execution.eager(self.fused)  # recorded for a loss on other outputs
             with under(self.autocast):
                 self.saved = self.start.forward(self.passes)
