@@ -317,6 +317,30 @@ def test_optimizers_are_refused_unless_they_are_known_to_be_capturable(kind):
         assert isinstance(captured_step(stepper(optimizer=kind, lr=0.1, capturable=True)), CapturedStep)
 
 
+CAPTURABLE = [kind for kind in ADAPTIVE if "capturable" in kind([nn.Parameter(torch.zeros(2))]).defaults]
+
+
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+@pytest.mark.parametrize("kind", CAPTURABLE, ids=lambda kind: kind.__name__)
+def test_optimizers_that_say_they_are_capturable_count_on_in_replays(kind, lr, monkeypatch):
+    for module in (kind.__module__, "torch.optim.adam"):
+        name = "_get_capturable_supported_devices"
+        monkeypatch.setattr(sys.modules[module], name, lambda **_: ["cpu"], raising=False)
+    states = []
+    for captured in (False, True):
+        options = {"lr": torch.tensor(0.01) if lr == "tensor" else 0.01, "capturable": True, "foreach": True}
+        step = stepper(optimizer=kind, **options)
+        scheduler = torch.optim.lr_scheduler.StepLR(step.optimizer, 4, 0.5) if lr == "tensor" else None
+        run = captured_step(step) if captured else step
+        torch.manual_seed(2)
+        for x, y in batches(WARM_UP + 4):
+            run(x, y)
+            if scheduler is not None:
+                scheduler.step()
+        states.append(step.local.state_dict())
+    assert_equal(states[1], states[0])
+
+
 def test_an_optimizer_of_the_users_own_is_not_taken_for_capturable():
     class Own(torch.optim.SGD):
         pass
