@@ -1,6 +1,7 @@
 # make demo    set up .venv and run the main job
 # make test    set up .venv, lint, and run the tests
 # make test-all   also what is tested on some models by default, on every model (an hour)
+# make sanitize   the tests of CUDA streams and captured steps under compute-sanitizer (needs a GPU and the CUDA toolkit)
 # make browser   the example that trains in a browser tab, into the folder site
 # make zoo     set up .venv with timm, transformers and accelerate, and measure every model of the zoo (an hour)
 # make zoo-smoke   the same for twenty of them
@@ -17,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 SETUP := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-all browser zoo zoo-smoke lint types imports format dist clean
+.PHONY: help demo test test-fast test-all sanitize browser zoo zoo-smoke lint types imports format dist clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,6 +34,9 @@ test-fast: $(VENV)/.test $(PAGE)/vendor
 
 test-all: lint $(PAGE)/vendor
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m ""
+
+sanitize: $(VENV)/.test
+	$(BIN)/python tests/sanitize.py
 
 browser: $(VENV)/.test $(BROWSER)/vendor
 	$(BIN)/python $(BROWSER)/make.py --out site

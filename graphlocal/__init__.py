@@ -8,6 +8,7 @@ if not (_pathlib.Path(__file__).resolve().parent / "passes").is_dir():
 
 from graphlocal import partition, rules
 from graphlocal.alignment import Alignment, alignment
+from graphlocal.captured_step import CapturedStep, captured_step
 from graphlocal.check import Finding, Report, check
 from graphlocal.compile import compile
 from graphlocal.errors import GraphLocalError
@@ -23,6 +24,7 @@ from graphlocal.version import __version__ as __version__
 
 __all__ = [
     "Alignment",
+    "CapturedStep",
     "ClassCodes",
     "Finding",
     "GraphLocalError",
@@ -32,6 +34,7 @@ __all__ = [
     "Report",
     "TrainStep",
     "alignment",
+    "captured_step",
     "check",
     "compile",
     "knn_error",

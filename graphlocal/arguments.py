@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
@@ -62,6 +62,17 @@ def call_of(inputs: ExampleInputs, name: str) -> tuple[tuple[Any, ...], dict[str
         f"{name} is a {type(inputs).__name__}",
         remedy="pass a tuple of positional inputs, such as (torch.randn(8, 3, 32, 32),), or a dict of keyword inputs",
     )
+
+
+def holds_no_sample(values: Iterable[Any]) -> bool:
+    """Whether the tensors among the inputs or outputs of a call, scalars apart, are those of a batch of size 0."""
+    batched = [x for x in values if isinstance(x, torch.Tensor) and x.dim() > 0]
+    return bool(batched) and all(x.shape[0] == 0 for x in batched)
+
+
+def empty_batch(why: str) -> InputError:
+    """The error of a step that a batch of size 0 can't be trained on."""
+    return InputError("the batch is empty", why=why, remedy="leave out batches of size 0")
 
 
 class Binder:

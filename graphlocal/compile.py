@@ -49,7 +49,7 @@ def compile(
         raise InputError(f"model is a {type(model).__name__}", remedy="pass a torch.nn.Module")
     if isinstance(model, LocalModule):
         raise InputError("the model is compiled already", remedy="pass local.original to compile it anew")
-    if target not in TARGETS:
+    if not isinstance(target, str) or target not in TARGETS:
         raise InputError(f"unknown target {target!r}: {nearest(target, TARGETS)}", remedy=f"targets: {TARGETS}")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise InputError(

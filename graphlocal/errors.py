@@ -62,10 +62,10 @@ class GuardFailure(GraphLocalError):
     """The data took another path through the model than the one that was recorded."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean 'x'?", or the list of what is known when nothing is near."""
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Return "did you mean 'x'?", or the list of what is known when nothing is near, as for a name that is no text."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) if isinstance(name, str) else []
     if close:
         return f"did you mean {close[0]!r}?"
     listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from graphlocal import autocast as amp
+from graphlocal.arguments import empty_batch, holds_no_sample
 from graphlocal.autocast import Autocast, autocast_now, under
+from graphlocal.capture import is_capturing
+from graphlocal.errors import LocalTrainingError
 from graphlocal.norms import are_numbers, told_numbers
 from graphlocal.preserve import preserved
 from graphlocal.targets.accesses import annotate
@@ -23,7 +26,7 @@ from graphlocal.targets.flat import flatten
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.inductor import compiled_passes
 from graphlocal.targets.lowered import NotLowered, lower
-from graphlocal.targets.overlap import Overlap, overlap
+from graphlocal.targets.overlap import Alone, Overlap, overlap
 from graphlocal.targets.recompute import recompute
 from graphlocal.targets.scratch import Scratch
 from graphlocal.targets.shared_errors import sum_positions
@@ -62,9 +65,9 @@ class Passes:
     telling: tuple[int, ...] | None = None
 
     @cached_property
-    def overlap(self) -> Overlap | None:
-        """The fused passes in pieces that may overlap with other steps', where that can be."""
-        return None if self.lowered is None else overlap(self.lowered)
+    def overlap(self) -> Overlap | Alone:
+        """The fused passes in pieces that may overlap with other steps', or why there are none."""
+        return Alone("the passes are not lowered") if self.lowered is None else overlap(self.lowered)
 
     @cached_property
     def are_numbers(self) -> Callable[[Sequence[Tensor | None]], bool]:
@@ -133,6 +136,15 @@ class Execution:
             found = self._passes.get((signature(leaves), self.taken, True))
         return found
 
+    def never(self, leaves: Sequence[Any]) -> str | None:
+        """Why no step on arguments like these is ever known; None if one is, or can be once a step was made."""
+        if self.not_lowered is not None:
+            return f"the step is not lowered: {self.not_lowered.message}"
+        full = len(self._shapes) >= MANY_SHAPES and signature(leaves) not in self._shapes
+        return (
+            f"only the first {MANY_SHAPES} shapes of inputs are lowered, and these have another one" if full else None
+        )
+
     def _lowered(self, leaves: Sequence[Any], fused: bool, shapes: Any) -> Passes | None:
         last = self._last
         autocast: Autocast = ()
@@ -153,7 +165,7 @@ class Execution:
         if len(self._shapes) < MANY_SHAPES:
             self._shapes.add(shapes)
         asks_back = any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
-        if asks_back or shapes not in self._shapes or not (seen or self._strict):
+        if asks_back or holds_no_sample(leaves) or shapes not in self._shapes or not (seen or self._strict):
             return None
         try:
             with amp.off():
@@ -299,7 +311,8 @@ class Run:
         self.execution, self.passes, self.fused = execution, passes, fused
         self.autocast = autocast_now() if amp.is_on() else ()
         self.scaled = any(dtype is torch.float16 for _, dtype in self.autocast) if self.autocast else False
-        may_differ = passes.taken is not None and execution.many_outputs
+        # A capture is of a loss that steps before it have run with, and may not read the GPU's random state.
+        may_differ = passes.taken is not None and execution.many_outputs and not is_capturing()
         self.start = _Start(execution.compiled, leaves) if may_differ else None
         self.outputs: list[Any]
         self.saved: list[Any] | None = None
@@ -315,19 +328,30 @@ class Run:
         """What the error pass returns; afterwards nothing is kept for another one, unless it retains.
 
         labels: those of the batch, for rules with local heads; or the losses of its samples, for rules that need them.
+
+        Raises InputError for an empty batch, where the rule can't take one.
         """
         given = tuple(error is not None for error in errors)
         if self.passes.taken is not None and given != self.passes.taken:
-            assert self.start is not None
+            if self.start is None:
+                raise LocalTrainingError(
+                    "the loss takes other outputs of the model than in the steps before the capture",
+                    remedy="capture a step whose loss takes the same outputs each time",
+                )
             self.passes = self.execution.eager(self.fused)  # recorded for a loss on other outputs
             with under(self.autocast):
                 self.saved = self.start.forward(self.passes)
         self.execution.taken = given
-        if self.autocast or amp.is_on():
-            with amp.off() if self.passes.casts else under(self.autocast):
+        try:
+            if self.autocast or amp.is_on():
+                with amp.off() if self.passes.casts else under(self.autocast):
+                    result = self.passes.error(self.saved, errors, *rest, retain, *labels)
+            else:
                 result = self.passes.error(self.saved, errors, *rest, retain, *labels)
-        else:
-            result = self.passes.error(self.saved, errors, *rest, retain, *labels)
+        except (RuntimeError, ArithmeticError) as error:
+            if not holds_no_sample(errors):
+                raise
+            raise empty_batch(f"the error pass takes means over samples: {error}") from error
         if not retain:
             self.saved = self.start = None
         return result

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphlocal import autocast as amp
 from graphlocal.arguments import call_of
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
@@ -26,9 +27,10 @@ from graphlocal.norms import UpdateNorms
 from graphlocal.runtime import LocalModule
 from graphlocal.targets.eager import Apply
 from graphlocal.targets.lanes import Flight, Lanes, Part, Waits
-from graphlocal.targets.overlap import Overlap, task, tensors
+from graphlocal.targets.overlap import Alone, Overlap, task, tensors
 
 MOST_STALENESS = 64
+UNDER_AUTOCAST = "autocast is on, which is a state of one thread, while steps overlap on several"
 
 
 class Step(Protocol):
@@ -57,9 +59,16 @@ def overlapped(step: Step, batches: Iterable[tuple[Any, Any]], staleness: int) -
             why="forward passes come before updates only where steps overlap",
             remedy='pass target="streams" to graphlocal.compile, with a rule without calibration steps',
         )
+    devices = {tensor.device.type for tensor in (*step.local.original.parameters(), *step.local.original.buffers())}
+    if staleness and devices != {"cpu"}:
+        raise _not_stale(staleness, f"the model is on {', '.join(sorted(devices))}, and steps overlap on a CPU alone")
     if not isinstance(batches, Iterable):
         raise InputError(f"batches is a {type(batches).__name__}", remedy="pass pairs (x, y), such as a DataLoader")
     return _Run(step, batches, staleness).losses() if overlaps else (step(*pair(batch)) for batch in batches)
+
+
+def _not_stale(staleness: int, why: str) -> InputError:
+    return InputError(f"staleness={staleness}, where steps can't overlap", why=why, remedy="leave staleness at 0")
 
 
 def pair(batch: Any) -> tuple[Any, Any]:
@@ -192,14 +201,27 @@ class _Run:
         leaves, spec = self.local._binder.flatten(args, kwargs)
         leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         compiled = self.local._known(leaves, spec) if self.local.training else None
+        self._require_overlap(compiled, leaves)
         passes = compiled.execution.known(leaves) if compiled is not None else None
-        plan = passes.overlap if passes is not None else None
-        if compiled is None or passes is None or plan is None:
+        if compiled is None or passes is None or isinstance(plan := passes.overlap, Alone):
             return None
         if self.most == 1 and self.local._lag.due():
             ahead.watch.enter_context(self.local._lag.watching())
         run = Run(compiled.execution, passes, leaves, True, elsewhere=True)
         return _Started(compiled, run, plan, Flight(plan.forward, leaves, ahead.number))
+
+    def _require_overlap(self, compiled: Compiled | None, leaves: list[Any]) -> None:
+        """Raise InputError where a staleness was asked for, and batches like this one never overlap with others."""
+        if self.most == 1:
+            return
+        why = UNDER_AUTOCAST if amp.is_on() else None
+        if compiled is not None and why is None:
+            why = compiled.execution.never(leaves)
+            passes = compiled.execution.known(leaves)
+            if passes is not None and isinstance(plan := passes.overlap, Alone):
+                why = plan.why
+        if why is not None:
+            raise _not_stale(self.most - 1, why)
 
     # Training.
 
@@ -306,7 +328,8 @@ def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _state(local: LocalModule) -> tuple[Any, ...]:
-    """What the user's code may have changed: tensors by their versions, modes, frozen parameters."""
+    """What the user's code may have changed: tensors by their versions, modes, frozen parameters, autocast."""
     held = (*local.original.parameters(), *local.original.buffers(), *local.error_weights.parameters(),
             *local.error_weights.buffers())  # fmt: skip
-    return local.training, local._watch.state(), [(id(t), t._version, t.data_ptr()) for t in held]
+    versions = [(id(t), t._version, t.data_ptr()) for t in held]
+    return local.training, local._watch.state(), amp.autocast_now(), versions

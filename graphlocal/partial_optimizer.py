@@ -46,10 +46,10 @@ class PartialOptimizer:
             or any(a is not b for a, (b, _) in zip(groups, self.groups, strict=True))
         ):
             self._divide()  # after load_state_dict or add_param_group
-        hooked = _hooked(self.whole)
-        prepared = [] if hooked else [kernel.prepared(gradients, lent) for kernel in self.kernels]
+        has_hooks = hooked(self.whole)
+        prepared = [] if has_hooks else [kernel.prepared(gradients, lent) for kernel in self.kernels]
         mine = [taken for taken in prepared if taken is not None]
-        if not hooked and len(mine) == len(self.kernels):
+        if not has_hooks and len(mine) == len(self.kernels):
             for kernel, own in zip(self.kernels, mine, strict=True):
                 kernel.step(own)
         else:
@@ -154,7 +154,8 @@ class Gathering:
         self.hand_on(names, gradients)
 
 
-def _hooked(optimizer: Optimizer) -> bool:
+def hooked(optimizer: Optimizer) -> bool:
+    """Whether hooks run before or after the optimizer's steps."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks

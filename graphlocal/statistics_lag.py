@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from graphlocal.capture import is_capturing
+
 EVERY = 10
 ENOUGH = 3
 MEAN_LIMIT = 0.5
@@ -41,9 +43,9 @@ class StatisticsLag:
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def due(self) -> bool:
-        """Whether this training step is to be watched; counts it."""
+        """Whether this training step is to be watched; counts it. A CUDA graph is not to hold the watching."""
         self.steps += 1
-        return self.present and self.steps % EVERY == 0
+        return self.present and self.steps % EVERY == 0 and not is_capturing()
 
     @contextmanager
     def watching(self) -> Iterator[None]:

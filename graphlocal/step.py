@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphlocal.arguments import call_of
+from graphlocal.arguments import call_of, empty_batch, holds_no_sample
 from graphlocal.compiler import Compiled
 from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.finite import require_finite
@@ -85,7 +85,7 @@ class TrainStep:
 
         index: the samples' numbers in the data set, int64 [batch]; rules without a memory for each sample ignore it.
         Returns the loss (detached). Raises LocalTrainingError if the loss, or after the step an update, is not a
-        number.
+        number; InputError if that is because the batch is empty.
         """
         if not self.local.training:
             raise InputError("the model is in evaluation mode", remedy="call local.train() before training")
@@ -125,9 +125,11 @@ class TrainStep:
         would then. Changes of the model are found, and the next batch begins anew (not those made through `.data`).
 
         staleness: by how many updates, at most, the forward pass may be behind (with target="streams"): the forward
-        passes of so many further batches come before the updates, in an order that is always the same.
+        passes of so many further batches come before the updates, in an order that is always the same. A first batch
+        of its shape is trained on by itself, after those before it.
 
-        Raises InputError for a staleness that can't be, and what step(x, y) raises.
+        Raises InputError for a staleness that can't be (also in the turn of a batch that can't overlap with others, as
+        under autocast), and what step(x, y) raises.
         """
         return overlapped(self, batches, staleness)
 
@@ -167,6 +169,8 @@ class TrainStep:
                 + (f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""),
             )
         if self.local.check_finite and math.isnan(loss.item()):
+            if holds_no_sample(flat):
+                raise empty_batch("the loss, a mean over no samples, is not a number")
             raise LocalTrainingError("the loss is not a number", remedy="lower the learning rate, or check the inputs")
         wanted = [x for x, taken in zip(flat, compiled.differentiable, strict=True) if taken]
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))

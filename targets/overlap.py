@@ -34,22 +34,34 @@ class Overlap:
     error: Part
 
 
+@dataclass(frozen=True)
+class Alone:
+    """What stands in place of an `Overlap` where the passes can't overlap with other steps', and why."""
+
+    why: str
+
+
 LEAST = 1e-3
 """Seconds, by estimate, of the actions of neighbouring subgraphs that make one piece: changing lanes costs, too."""
 
 
-def overlap(lowered: TrainingGraph) -> Overlap | None:
-    """The passes of a lowered training graph, fused and in pieces, or None where they can't overlap.
+def overlap(lowered: TrainingGraph) -> Overlap | Alone:
+    """The passes of a lowered training graph, fused and in pieces, or why they can't overlap.
 
-    That is on a GPU, and where the error pass writes what the forward pass writes too (running statistics).
+    They can't on a GPU, and where the error pass writes what the forward pass writes too (running statistics).
     """
     training = with_updates(lowered, _neighbours(lowered))
     annotate(training)
     forward, error = split(training)
     devices = {tensor.device.type for tensor in (*forward.parameters(), *forward.buffers())}
+    if devices != {"cpu"}:
+        return Alone(f"the model is on {', '.join(sorted(devices)) or 'no device'}, and steps overlap on a CPU alone")
     found = Overlap(Part(cut(forward, join=False)), Part(cut(error, first=_lowest)))
-    shared = found.forward.written & found.error.written
-    return None if devices != {"cpu"} or shared or not found.forward.cut.pieces else found
+    if shared := found.forward.written & found.error.written:
+        states = (*forward.named_parameters(), *forward.named_buffers())
+        names = [name for name, x in states if f"storage {x.untyped_storage()._cdata}" in shared]
+        return Alone(f"the error pass writes what the forward pass writes too ({', '.join(names) or min(shared)})")
+    return found if found.forward.cut.pieces else Alone("the forward pass computes nothing")
 
 
 def _neighbours(lowered: TrainingGraph) -> Callable[[str], str]:

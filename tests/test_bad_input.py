@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 import numpy
@@ -27,7 +27,7 @@ from graphlocal.errors import (
     VerifyError,
 )
 from graphlocal.ir import Connection, LocalGraph
-from graphlocal.rules import Neuron, RecLRA, Rule, loss_connections
+from graphlocal.rules import RULES, Neuron, RecLRA, Rule, loss_connections
 
 X = zoo.vectors()
 
@@ -217,6 +217,13 @@ def test_a_model_whose_traced_forward_differs_from_its_eager_one(build, said):
         ({"rule": RecLRA}, ("rule=RecLRA is a class", "pass an instance: RecLRA()")),
         ({"rule": 3}, ("unknown rule 3", "backprop, auto, rec-lra")),
         ({"target": "egaer"}, ("unknown target 'egaer': did you mean 'eager'?", "targets:")),
+        ({"rule": None}, ("unknown rule None: known: backprop, auto", "an instance of a subclass")),
+        ({"target": None}, ("unknown target None: known: auto, eager", "targets:")),
+        ({"target": 3}, ("unknown target 3: known: auto, eager", "targets:")),
+        ({"target": [["eager"]]}, ("unknown target [['eager']]: known: auto, eager", "targets:")),
+        ({"recompute": None}, ("recompute is None", "pass True")),
+        ({"skip_errors": None}, ("skip_errors hold None", "pairs of names")),
+        ({"streams": "2"}, ("streams='2' with target 'auto'", 'pass target="streams"')),
         ({"partition": "laef"}, ("unknown partition 'laef': did you mean 'leaf'?", "globs of module paths")),
         ({"partition": 2.5}, ("partition is 2.5", "a number of segments")),
         ({"partition": None}, ("partition is None", '"auto"')),
@@ -257,6 +264,24 @@ def test_unknown_names_and_options_of_compile(options, said):
 def test_options_of_rec_lra_that_are_out_of_range(options, said):
     with refused(InputError, None, "RecLRA(", said):
         RecLRA(**options)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if is_dataclass(rule)], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("value", [None, "no", 0.3, [1], {}, object()], ids=lambda value: type(value).__name__)
+def test_an_option_of_a_rule_is_taken_or_refused_by_name(rule, value):
+    refusals = {}
+    for option in fields(rule):
+        try:
+            rule(**{option.name: value})
+        except InputError as error:  # nothing else may come out of it
+            refusals[option.name] = str(error)
+    assert [name for name, said in refusals.items() if name not in said] == []
+
+
+def test_a_kind_of_export_that_is_no_text(tmp_path):
+    local, _, _ = pair("mlp")
+    with refused(InputError, local.original, "unknown kind of export None", "known: "):
+        local.export(tmp_path / "model.onnx", kind=None)
 
 
 # Partitions and error paths
@@ -338,6 +363,52 @@ def test_a_batch_that_does_not_fit_is_refused_and_the_next_one_trains():
     with refused(InputError, local.original, "Sequential does not run on", "float64[3, 5] on cpu", "where: module 0"):
         local(x[:, :5])
     torch.testing.assert_close(local(x), eager(x))
+
+
+@pytest.mark.parametrize(
+    ("rule", "target"),
+    [*((r, t) for r in ("rec-lra", "lra-fdbk", "backprop") for t in ("auto", "lowered")), ("nlp", "auto")],
+)
+def test_a_fused_step_on_an_empty_batch_says_that_it_is_empty(rule, target):
+    local, _, (x,) = pair("mlp", rule, target=target)
+    step = graphlocal.train_step(local, lambda output, _: output.mean(), torch.optim.SGD(local.parameters(), 0.1))
+    for batch in (x, x[:0], x, x[:0], x):
+        if len(batch):
+            step(batch, None)
+            continue
+        with refused(InputError, local.original, "the batch is empty", "a mean over no samples", "leave out batches"):
+            step(batch, None)
+    assert local.compiled.execution.not_lowered is None or rule == "nlp"
+
+
+@pytest.mark.parametrize("target", ["auto", "eager", "lowered"])
+def test_an_empty_batch_is_refused_by_the_drop_in_step_where_the_rule_takes_means(target):
+    local, _, (x,) = pair("mlp", RecLRA(), target=target)
+    for _ in range(2):
+        with pytest.raises(InputError, match="the batch is empty"):
+            local(x[:0]).sum().backward()
+    local(x).sum().backward()
+    local, eager, (x,) = pair("mlp", "backprop", target=target)
+    local(x[:0]).sum().backward()  # takes none, and gives what autograd gives
+    eager(x[:0]).sum().backward()
+    for name, p in eager.named_parameters():
+        torch.testing.assert_close(local.original.get_parameter(name).grad, p.grad)
+
+
+class MeanInput(zoo.Layered):
+    """A parameter meets a mean over the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x)
+        return self.head(z - self.first(x.mean(0)))
+
+
+def test_an_update_that_an_empty_batch_makes_no_number_is_not_put_down_to_the_learning_rate():
+    (x,) = X
+    local = graphlocal.compile(MeanInput(), example_inputs=X, rule="backprop", partition=1)
+    with pytest.raises(InputError, match="the batch is empty") as caught:
+        local(x[:0]).sum().backward()
+    assert "learning rate" not in str(caught.value)
 
 
 class UnreturnedHead(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,7 +14,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import graphlocal
-from graphlocal.captured_step import CapturedStep
 from graphlocal.errors import InputError
 from graphlocal.targets.lanes import Part
 from graphlocal.targets.streams import _CudaLanes, assign_lanes
@@ -86,14 +87,35 @@ def test_cuda_streams_are_issued_so_that_every_piece_waits_for_what_it_needs(nam
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA streams and capture need one")
 
+STRESS_STEPS = int(os.environ.get("GRAPHLOCAL_STRESS_STEPS", 2000))
+"""`make sanitize` takes few: under its tools a step takes a hundred times as long."""
 
-def on_gpu(target: str, check: bool = True, **optimizer) -> tuple[graphlocal.LocalModule, graphlocal.TrainStep]:
+
+class Residual(nn.Module):
+    """Six branches that draw random numbers, each added to what comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        branch = lambda: nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Dropout(0.1))  # noqa: E731
+        self.branches = nn.ModuleList(branch() for _ in range(6))
+        self.head, self.other = nn.Linear(64, 10), nn.Linear(64, 3)
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.head(x), self.other(x)
+
+
+def on_gpu(
+    target: str, check: bool = True, optimizer=torch.optim.Adam, lr=1e-3, **options
+) -> tuple[graphlocal.LocalModule, graphlocal.TrainStep]:
     torch.manual_seed(0)
-    model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.Tanh())), nn.Linear(64, 10))
-    local = graphlocal.compile(model.cuda(), example_inputs=torch.randn(32, 64, device="cuda"), partition="leaf",
-                               target=target)  # fmt: skip
+    streams = {"streams": 4} if target == "streams" else {}
+    local = graphlocal.compile(Residual().cuda(), example_inputs=torch.randn(32, 64, device="cuda"), partition="leaf",
+                               target=target, **streams)  # fmt: skip
     local.check_finite = check
-    return local, graphlocal.train_step(local, cross_entropy, torch.optim.Adam(local.parameters(), 1e-3, **optimizer))
+    loss = lambda outputs, y: cross_entropy(outputs[0], y)  # noqa: E731
+    return local, graphlocal.train_step(local, loss, optimizer(local.parameters(), lr, **options))
 
 
 def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -113,13 +135,52 @@ def test_cuda_streams_equal_the_sequential_target():
 
 
 @no_gpu
-def test_a_captured_step_equals_the_step():
+@pytest.mark.slow
+def test_many_steps_on_random_numbers_of_cuda_streams_equal_the_sequential_target():
+    generator = random.Random(1)
+    runs = [on_gpu(target, optimizer=torch.optim.SGD, momentum=0.9) for target in ("streams", "lowered")]
+    lanes, given = {}, batches(16)
+    for i in range(STRESS_STEPS):
+        x, y = given[i % len(given)]
+        for p in passes(runs[0][0]):
+            n = generator.randint(1, 4)
+            if (p, n) not in lanes:
+                lanes[p, n] = _CudaLanes(p.cut, n, p._cuda.device)
+            p._cuda = lanes[p, n]
+        for _, run in runs:
+            torch.manual_seed(i)
+            run(x, y)
+        if i % 100 == 99 or i == STRESS_STEPS - 1:
+            assert_equal(runs[0][0].state_dict(), runs[1][0].state_dict())
+    assert lanes
+
+
+OPTIMIZERS = [
+    (torch.optim.SGD, {"momentum": 0.9}),
+    (torch.optim.Adam, {"capturable": True}),
+    (torch.optim.AdamW, {"capturable": True, "lr": "tensor"}),
+    (torch.optim.SGD, {"fused": True, "lr": "tensor"}),
+    (torch.optim.RMSprop, {"capturable": True}),
+    (torch.optim.NAdam, {"capturable": True}),
+]
+
+
+@no_gpu
+@pytest.mark.parametrize("target", ["streams", "lowered", "auto", "eager"])
+@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS, ids=lambda x: x if isinstance(x, dict) else x.__name__)
+def test_a_captured_step_equals_the_step(optimizer, options, target):
     states = []
     for captured in (False, True):
-        local, step = on_gpu("streams", check=False, capturable=True)
-        run = CapturedStep(step) if captured else step
-        for x, y in batches(20):
+        given = options | ({"lr": torch.tensor(1e-3, device="cuda")} if options.get("lr") else {})
+        local, step = on_gpu(target, False, optimizer, **given)
+        scheduler = torch.optim.lr_scheduler.StepLR(step.optimizer, 5, 0.5) if options.get("lr") else None
+        run = graphlocal.captured_step(step) if captured else step
+        given_batches = batches(20)
+        torch.manual_seed(2)
+        for x, y in given_batches:
             run(x, y)
+            if scheduler is not None:
+                scheduler.step()
         states.append(local.state_dict())
     assert_equal(states[1], states[0])
 
@@ -128,4 +189,4 @@ def test_a_step_on_a_cpu_is_not_captured():
     local = compiled("mlp", target="streams")
     step = graphlocal.train_step(local, cross_entropy, torch.optim.SGD(local.parameters(), 0.1))
     with pytest.raises(InputError, match="only CUDA"):
-        CapturedStep(step)
+        graphlocal.captured_step(step)

@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             "arguments",
             "autocast",
+            "capture",
             "data",
             "files",
             "goals",

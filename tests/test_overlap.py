@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -349,66 +348,7 @@ def test_ctrl_c_stops_every_lane_and_takes_back_what_is_ahead(ctrl_c, monkeypatc
     assert len(list(step.run(batches("moving_average", 3)))) == 3
 
 
-# Staleness
-
-
-def stale_reference(name: str, local: graphlocal.LocalModule, count: int, staleness: int) -> tuple[list, dict]:
-    """The same order of passes one after another: forward passes `staleness` batches before their updates."""
-    model, step = zoo.MODELS[name], stepper(name, local)
-    torch.manual_seed(3)
-    source, ahead, losses = batches(name, count), deque(), []
-    for x, y in source:
-        leaves, spec = local._binder.flatten(x, {})
-        if not losses:  # the first batch is lowered, and trained on by itself
-            losses.append(step(x, y))
-            continue
-        ahead.append(local._forward_pass(list(leaves), spec, fused=True))
-        if len(ahead) > staleness:
-            losses.append(learn(step, model, *ahead.popleft()))
-    losses += [learn(step, model, *run) for run in ahead]
-    return losses, state(local)
-
-
-def learn(step, model, compiled_, run) -> torch.Tensor:
-    loss, errors = step._loss(compiled_, run.outputs, None)
-    with torch.no_grad():
-        run.error_pass(errors, lambda names, gradients: step._apply(compiled_, names, gradients))
-    return loss
-
-
-@pytest.mark.parametrize(
-    ("name", "staleness"),
-    [
-        ("dropout_mlp", 1), ("moving_average", 3),
-        *(pytest.param(n, k, marks=pytest.mark.exhaustive) for n in ("unet", "small_resnet") for k in (1, 2, 5)),
-    ],
-)  # fmt: skip
-def test_staleness_is_one_order_of_passes_whatever_the_lanes(name, staleness, monkeypatch):
-    expected = stale_reference(name, compiled(name, target="lowered"), 12, staleness)
-    slowed(monkeypatch, 0.0003)
-    for streams in (1, 3):
-        local = compiled(name, target="streams", streams=streams)
-        assert_same(overlapped(name, local, 12, staleness=staleness), expected)
-
-
-def test_forward_passes_run_ahead_by_as_much_as_is_allowed(traced):
-    overlapped("deep_mlp", compiled("deep_mlp", target="streams", streams=1), 9, staleness=2)
-    for batch in range(1, 7):
-        begun = min(ran.start for ran in traced if ran.step == batch + 2 and ran.name == "F1")
-        updated = min(ran.start for ran in traced if ran.step == batch and "optimizer" in ran.name)
-        late = min(ran.start for ran in traced if ran.step == batch + 3 and ran.name == "F1") if batch < 6 else updated
-        assert begun < updated <= late
-
-
-@pytest.mark.parametrize("staleness", [-1, 1.0, True, 65])
-def test_a_staleness_that_can_not_be_is_refused(staleness):
-    with pytest.raises(InputError, match="staleness"):
-        stepper("mlp", compiled("mlp", target="streams")).run([], staleness=staleness)
-
-
-def test_staleness_needs_steps_that_overlap():
-    with pytest.raises(InputError, match='target="streams"'):
-        stepper("mlp", compiled("mlp")).run([], staleness=1)
+# Targets
 
 
 def test_every_target_and_rule_runs_batches():

@@ -49,7 +49,7 @@ def find(rule: str | Rule) -> Rule:
         raise InputError(f"rule={rule.__name__} is a class", remedy=f"pass an instance: {rule.__name__}()")
     if not isinstance(rule, str) or rule not in RULES:
         raise InputError(
-            f"unknown rule {rule!r}: {nearest(str(rule), RULES)}",
+            f"unknown rule {rule!r}: {nearest(rule, RULES)}",
             remedy=f"rules: {', '.join(RULES)}, or an instance of a subclass of graphlocal.rules.Rule",
         )
     return RULES[rule]()

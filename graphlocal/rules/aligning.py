@@ -101,7 +101,7 @@ def sample_rms(error: Tensor) -> Tensor:
 
 def require_local_loss(rule: Any) -> None:
     """Raise InputError for a local loss that does not exist."""
-    if rule.local_loss not in LOCAL_LOSSES:
+    if not isinstance(rule.local_loss, str) or rule.local_loss not in LOCAL_LOSSES:
         raise InputError(
             f"{type(rule).__name__}(local_loss={rule.local_loss!r})", remedy=f"use one of {tuple(LOCAL_LOSSES)}"
         )

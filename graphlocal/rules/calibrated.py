@@ -80,7 +80,8 @@ class Calibrated(Rule):
             )
         if self.window % 2 == 0:
             raise InputError(f"Calibrated(window={self.window})", why="a window has a middle", remedy="use an odd size")
-        if not (0 <= self.forgetting < 1 and self.ridge > 0):
+        numbers = all(isinstance(value, (int, float)) for value in (self.forgetting, self.ridge))
+        if not numbers or not (0 <= self.forgetting < 1 and self.ridge > 0):
             raise InputError(
                 f"Calibrated(forgetting={self.forgetting!r}, ridge={self.ridge!r})",
                 why="forgetting is in [0, 1), and the ridge is above 0",
