@@ -268,7 +268,7 @@ backpropagation has its whole gradient. Checkpointing works on the blocks; a Seq
 segments as each has layers.
 
 rec-lra is the fused step (`train_step`) at depth 1, of partition auto but for leaf. Recomputed:
-`graphlocal.compile(..., recompute=True)`. Inductor: `target="inductor"`, which hands over all gradients at the end. E
+`graphlocal.compile(..., recompute=True)`. Inductor: `target="inductor"`, which hands gradients over in a few pieces. E
 of biotorch is its feedback weights; it fails on linear layers whose inputs are no matrices. Lent: memory in which
 stacked updates wait for the optimizer. Predicted: by the training graph's liveness, and what the loss takes by itself,
 without kernels' workspaces, which convolutions on a CPU have; in brackets the measured peak in relation to that."""
