@@ -352,8 +352,9 @@ class Run:
             if not holds_no_sample(errors):
                 raise
             raise empty_batch(f"the error pass takes means over samples: {error}") from error
-        if not retain:
-            self.saved = self.start = None
+        finally:
+            if not retain:
+                self.saved = self.start = None
         return result
 
 
@@ -408,6 +409,8 @@ def _alike(expected: Any, found: Any, short: set[torch.dtype], largest: float) -
         return (expected is None) == (found is None)
     if expected.shape != found.shape or expected.dtype != found.dtype or expected.layout != found.layout:
         return False
+    if expected.layout is not torch.strided:
+        expected, found = expected.to_dense(), found.to_dense()
     if not expected.is_floating_point() or not expected.numel():
         return torch.equal(expected, found)
     if not bool(expected.isfinite().all()):

@@ -33,7 +33,8 @@ from graphlocal.targets.lowered import NotLowered, lower
 OptimizerClass = Callable[[list[nn.Parameter]], Optimizer]
 
 OTHERWISE = ("inductor", "streams")
-"""Targets whose memory is not measured: that of compiled code is not seen, that of lanes depends on their timing."""
+"""Targets whose memory is not measured: operators inside of compiled code are not seen, and that of lanes depends on
+their timing."""
 
 
 @dataclass(frozen=True)

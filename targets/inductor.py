@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from graphlocal.targets.eager import apply_updates
 from graphlocal.targets.fused_updates import with_updates
@@ -147,7 +148,8 @@ def _compiled(module: fx.GraphModule, nodes: Sequence[fx.Node], results: Iterabl
     # Dropout is that of the eager target with `fallback_random`. On a CPU inductor turns images channels-last in a
     # graph with convolutions, and not in one with their derivatives only: a pass then reads what the other one saved
     # across the grain, and forward convolutions gain nothing by it.
-    on_cpu = all(getattr(*place).device.type == "cpu" for place in places)
+    values = pytree.tree_leaves([node.meta.get("val") for node in nodes])
+    on_cpu = all(value.device.type == "cpu" for value in values if isinstance(value, Tensor))
     options: dict[str, Any] = {"fallback_random": True} | ({"layout_optimization": False} if on_cpu else {})
     function = torch.compile(pure, fullgraph=True, dynamic=False, options=options)
     return _Function(function, places, tuple(inputs), results)

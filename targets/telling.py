@@ -30,15 +30,15 @@ def telling(error: fx.GraphModule) -> tuple[int, ...]:
     made = [_base(update) for update in updates]
     factors = {_base(factor) for node in made if _is(node, aten.mm.default) for factor in node.args}
     sums = {i for i, node in enumerate(made) if _is(node, aten.sum.dim_IntList) and _base(node.args[0]) in factors}
-    return tuple(i for i, update in enumerate(updates) if i not in sums and _is_dense(update))
+    return tuple(i for i, update in enumerate(updates) if i not in sums and _may_be_dense(update))
 
 
 def _is(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is target
 
 
-def _is_dense(update: Any) -> bool:
-    return isinstance(update, fx.Node) and getattr(update.meta.get("val"), "layout", None) is torch.strided
+def _may_be_dense(update: Any) -> bool:
+    return isinstance(update, fx.Node) and getattr(update.meta.get("val"), "layout", torch.strided) is torch.strided
 
 
 def _base(value: Any) -> Any:

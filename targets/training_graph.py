@@ -46,7 +46,8 @@ def split(training: TrainingGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The training graph cut at the loss, as (forward pass, error pass).
 
     forward_pass(*inputs) -> (outputs, saved list); error_pass(saved, errors, [apply,] retain[, labels]) -> what follows
-    the outputs in the training graph's result. The error pass empties `saved` as it goes, unless it retains.
+    the outputs in the training graph's result. The error pass lets go of each saved value after its last reader, and
+    leaves `saved` empty, unless it retains.
     """
     nodes = list(training.module.graph.nodes)
     at = next(i for i, node in enumerate(nodes) if node.name == training.loss)

@@ -14,6 +14,7 @@ from training import step
 
 import graphlocal
 import zoo
+from graphlocal.errors import LocalTrainingError
 from graphlocal.execution import MANY_SHAPES
 from graphlocal.rules import Backprop, KolenPollack, RecLRA
 from graphlocal.targets import inductor
@@ -235,6 +236,55 @@ def test_the_check_leaves_buffers_gradients_and_random_state_alone():
         mse_loss(local(x), x[:, :3]).backward()
         results.append([*copy.buffers(), *(p.grad for p in copy.parameters()), torch.get_rng_state()])
     assert all(map(torch.equal, *results))
+
+
+class Table(nn.Module):
+    """A lookup table whose gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden, self.head = nn.Embedding(20, 8, sparse=True), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(self.table(tokens).mean(1))))
+
+
+@pytest.mark.parametrize("rule", ["rec-lra", "backprop"])
+@pytest.mark.parametrize("target", ["auto", "lowered", "batched", "streams"])
+def test_sparse_gradients_are_lowered_too(target, rule):
+    tokens, labels = torch.arange(24).view(6, 4) % 20, torch.arange(6) % 3
+    trained = []
+    for chosen in (target, "eager"):
+        torch.manual_seed(0)
+        local = graphlocal.compile(Table(), example_inputs=tokens, rule=rule, target=chosen, partition="leaf")
+        run = graphlocal.train_step(local, cross_entropy, torch.optim.SGD(local.parameters(), 0.1))
+        for _ in range(4):
+            run(tokens, labels)
+        cross_entropy(local(tokens), labels).backward()
+        assert chosen == "eager" or local.compiled.execution._passes
+        assert local.original.table.weight.grad.is_sparse
+        trained.append([*local.state_dict().values(), local.original.table.weight.grad.to_dense()])
+    assert all(map(torch.equal, *trained))
+    with torch.no_grad():
+        local.original.hidden.weight[0, 0] = torch.nan
+    with pytest.raises(LocalTrainingError, match="not a number"):
+        cross_entropy(local(tokens), labels).backward()
+
+
+@pytest.mark.parametrize("target", ["eager", "lowered"])
+def test_a_backward_pass_that_failed_half_way_is_not_begun_again(target):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    local = graphlocal.compile(model, example_inputs=torch.randn(6, 4), target=target)
+    loss = local(torch.randn(6, 4)).sum()
+    maps = local.error_weights._buffers
+    right = dict(maps)
+    maps.update({name: torch.zeros(2, 2) for name in maps})
+    with pytest.raises(RuntimeError, match="shape"):
+        loss.backward(retain_graph=False)
+    maps.update(right)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    local(torch.randn(6, 4)).sum().backward()
 
 
 COMPILED = {"mlp", "dropout_mlp", "tied_weight", "small_resnet"}
