@@ -331,7 +331,7 @@ class Run:
 
         Raises InputError for an empty batch, where the rule can't take one.
         """
-        given = tuple(error is not None for error in errors)
+        given = tuple([error is not None for error in errors])
         if self.passes.taken is not None and given != self.passes.taken:
             if self.start is None:
                 raise LocalTrainingError(

@@ -372,23 +372,24 @@ class LocalStep:
         self.targets += [local.get_parameter(name) for name in self.training.feedback]
         self.targets += [leaves[i] for i in self.inputs]
 
-    def attach(self) -> list[Any]:
+    def attach(self) -> Sequence[Any]:
         """The outputs; the differentiable ones come with the local updates as their `grad_fn`."""
         outputs, targets = self.run.outputs, self.targets
         del self.run.outputs, self.targets
         taken = self.taken
-        self.outputs = [value.detach() for value, differentiable in zip(outputs, taken, strict=True) if differentiable]
+        self.outputs = tuple([x.detach() for x, differentiable in zip(outputs, taken, strict=True) if differentiable])
         transformed = torch._C._are_functorch_transforms_active()
+        attached: tuple[Any, ...]
         attached = (_LocalUpdates.apply if transformed else _apply_untransformed)(self, *targets)
         if len(attached) == len(outputs):
-            return list(attached)
+            return attached
         rest = iter(attached)
         return [
             next(rest) if differentiable else _detached(v) for v, differentiable in zip(outputs, taken, strict=True)
         ]
 
-    def backward(self, errors: Sequence[Tensor | None], retain: bool) -> list[Tensor | None]:
-        """The gradients of the parameters, of the learned feedback maps, and of the inputs that want one."""
+    def backward(self, errors: Sequence[Tensor | None], retain: bool) -> tuple[Tensor | None, ...]:
+        """The gradients of `_LocalUpdates`' arguments: none of this object, then those of its `targets`."""
         if self.run.saved is None:
             raise LocalTrainingError(
                 "backward was called a second time, but the first call freed what it needs",
@@ -408,7 +409,7 @@ class LocalStep:
             norms = UpdateNorms()
             norms.add(self.training.weights, weights)
             require_finite(self.compiled, aligned, norms)
-        return [*weights, *feedback, *[inputs[i] for i in self.inputs]]
+        return (None, *weights, *feedback, *[inputs[i] for i in self.inputs])
 
 
 class _LocalUpdates(torch.autograd.Function):
@@ -418,7 +419,7 @@ class _LocalUpdates(torch.autograd.Function):
     def forward(ctx: Any, step: LocalStep, *targets: Tensor) -> tuple[Tensor, ...]:
         ctx.step = step
         ctx.set_materialize_grads(False)
-        outputs = tuple(step.outputs)
+        outputs = step.outputs
         del step.outputs
         return outputs
 
@@ -432,7 +433,8 @@ class _LocalUpdates(torch.autograd.Function):
 
 
 def _backward(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (None, *ctx.step.backward(errors, bool(_keeps_graph and _keeps_graph())))
+    found: tuple[Tensor | None, ...] = ctx.step.backward(errors, bool(_keeps_graph and _keeps_graph()))
+    return found
 
 
 _keeps_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)

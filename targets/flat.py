@@ -73,6 +73,7 @@ def flatten(module: fx.GraphModule, *, lowered: bool = False, scratch: Scratch |
     _take_at_once(graph)
     _join_linear(graph, bound)
     _join_clamped(graph, bound)
+    _add_for_sub(graph)
     _bind_numbers(graph, bound)
     if lowered:
         reuse(graph)
@@ -178,6 +179,15 @@ def _join_clamped(graph: fx.Graph, bound: SimpleNamespace) -> None:
                 node.args = (_number(graph, bound, least, value.dtype), norm)
             node.target, node.kwargs = torch.ops.aten.add.Tensor, {"alpha": factor}
             graph.erase_node(product)
+
+
+def _add_for_sub(graph: fx.Graph) -> None:
+    """`a - b` as `a + (-1) b`, the same number: `add` is called anyway, and a kernel's first call in a step takes
+    microseconds longer than the next ones, since other code has taken its place in the caches.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sub.Tensor):
+        if not node.kwargs and isinstance(node.args[1], fx.Node) and _on_cpu(node.meta.get("val")):
+            node.target, node.kwargs = torch.ops.aten.add.Tensor, {"alpha": -1}
 
 
 def _on_cpu(value: Any) -> bool:
