@@ -23,7 +23,7 @@ import graphlocal
 from benchmarks import report
 from benchmarks.models import LARGE, SMALL, SPARSE, Case, by_biotorch, checkpointed, compiled, loss_fn, on_gpu
 from benchmarks.report import Step
-from graphlocal.live_memory import allocated_bytes
+from graphlocal.live_memory import allocated_bytes, stored_bytes
 from graphlocal.partial_optimizer import TOGETHER
 from graphlocal.rules import RecLRA
 from graphlocal.targets.liveness import liveness
@@ -113,7 +113,7 @@ def measure(case: Case, options: argparse.Namespace) -> Found:
     dtype = getattr(torch, options.dtype)
     start = case.make().to(options.device, dtype)
     x, y = case.example(options.device, dtype)
-    found = Found(case, size(start.parameters()))
+    found = Found(case, stored_bytes(start.parameters()))
     without_graph(found, start, x, y, options)
     loss = loss_bytes(start(x).detach().requires_grad_(), y)
     for way, how in (LOCAL | (COMPILED if options.compiled else {})).items():
@@ -144,7 +144,7 @@ def without_graph(found: Found, start: nn.Module, x: Tensor, y: Tensor, options:
         found.peaks[way] = peak(made(), options.device)
         gc.collect()
     for way, model in by_biotorch(case.title, fresh(), lambda model: backprop(model, x, y)).items():
-        found.feedback[way] = size(model.parameters()) - found.parameters
+        found.feedback[way] = stored_bytes(model.parameters()) - found.parameters
         found.peaks[way] = peak(backprop(model, x, y), options.device)
 
 
@@ -160,17 +160,12 @@ def by_graphlocal(found: Found, way: str, how: Local, model: nn.Module, x: Tenso
     if passes is not None and passes.updating is not None and way in LOCAL:
         found.predicted[way] = liveness(passes.updating, TOGETHER).peak_with(loss)
     found.lent[way] = execution.scratch.bytes
-    found.feedback[way] = size(local.error_weights.buffers())
+    found.feedback[way] = stored_bytes(local.error_weights.buffers())
 
 
 def loss_bytes(output: Tensor, y: Tensor) -> int:
     """The peak of the loss and its derivative by themselves."""
     return allocated_bytes(lambda: torch.autograd.grad(loss_fn(output, y), output), output.device)
-
-
-def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes."""
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def ratio(found: Found, way: str) -> float:

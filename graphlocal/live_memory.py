@@ -2,7 +2,7 @@
 
 `LiveMemory` sees only what operators return: workspaces inside of a kernel, and memory that an allocator keeps in
 reserve, are not counted. `allocated_bytes` asks the allocators, which know of the former too, and of compiled code,
-which doesn't run under a dispatch mode.
+which doesn't run under a dispatch mode. `tensor_bytes` and `stored_bytes` tell what tensors at hand take.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,19 @@ def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
     if tensor.layout is torch.sparse_coo:
         return tensor._indices(), tensor._values()
     return ()
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of a tensor's elements, of all that an expanded one shows; of a list of tensors, the sum; 0 for others."""
+    if isinstance(value, (list, tuple)):
+        return sum(map(tensor_bytes, value))
+    return prod(value.shape) * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def stored_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that tensors lie in, shared memory counted once."""
+    strided = [part for t in tensors for part in ((t,) if t.layout is torch.strided else _parts(t))]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in strided}.values())
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:

@@ -6,7 +6,7 @@ loss and the optimizer's own workspace are left out, of backpropagation's step t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from graphlocal import units
 from graphlocal.compiler import Compiled, require_schedule
 from graphlocal.errors import InputError
 from graphlocal.execution import Execution
-from graphlocal.live_memory import peak_bytes
+from graphlocal.live_memory import peak_bytes, stored_bytes
 from graphlocal.partial_optimizer import TOGETHER, Gathering
 from graphlocal.passes.schedule import Schedule
 from graphlocal.pipeline import run
@@ -120,9 +120,9 @@ def memory(compiled: Compiled, optimizer: OptimizerClass) -> Memory:
     steps = {name: StepMemory(predictions.get(name), measured[name]) for name in measured}
     own = [p for p in model.parameters() if p.requires_grad]
     return Memory(
-        _bytes(model.parameters()),
-        _bytes(model.buffers()),
-        _bytes([*maps.parameters(), *maps.buffers()]),
+        stored_bytes(model.parameters()),
+        stored_bytes(model.buffers()),
+        stored_bytes([*maps.parameters(), *maps.buffers()]),
         _optimizer_bytes(optimizer, own),
         execution.scratch.bytes,
         steps,
@@ -137,7 +137,7 @@ def _predicted(execution: Execution, compiled: Compiled, leaves: list[Any]) -> t
     if passes is None or passes.updating is None:
         return {}, "" if execution.not_lowered is None else execution.not_lowered.message
     try:
-        true = lower(_by_backprop(compiled).training, leaves, compiled.differentiable)
+        true = lower(_rewired_for_backprop(compiled).training, leaves, compiled.differentiable)
     except NotLowered as error:
         return {}, error.message
     return {"local": liveness(passes.updating, TOGETHER), "backprop": liveness(true)}, ""
@@ -149,8 +149,8 @@ def _execution(compiled: Compiled) -> Execution:
     return Execution(compiled, "auto" if target in OTHERWISE else target)
 
 
-def _by_backprop(compiled: Compiled) -> Compiled:
-    """The same subgraphs, trained by backpropagation."""
+def _rewired_for_backprop(compiled: Compiled) -> Compiled:
+    """The same subgraphs of the same model, trained by backpropagation."""
     rule = Backprop()
     wired = replace(compiled.graph, rule=rule.name, connections=rule.connect(compiled.graph), twins=(), schedule=())
     graph, _ = run(wired, (Schedule(),))
@@ -203,10 +203,6 @@ def _peak_of(step: Callable[[], None], compiled: Compilation) -> int:
     for _ in range(2):  # lowering, and libraries' own preparations
         step()
     return peak_bytes(step, next(compiled.model.parameters()).device)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _optimizer_bytes(optimizer: OptimizerClass, parameters: list[nn.Parameter]) -> int:

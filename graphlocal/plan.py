@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -138,18 +138,18 @@ def plan(
     devices: neighbouring subgraphs are spread over at most so many, balanced by their cost. bandwidth, latency: of a
     device's link to the others, per second (`10Gb` gigabits, `10GB` gigabytes). streams: actions that a device runs at
     one time, each at full speed, which is an upper bound. microbatches: parts that the batch is cut into; None is 8, or
-    the batch if that is smaller.
+    the batch if that is smaller. The batch is the inputs' first axis; inputs that differ in it set no limit.
     flops, memory, launch: a device's rates of arithmetic and memory traffic, and its time to start an operator, for the
     roofline; measured: time every action, and backpropagation's, once on this machine instead. peak: predict and
     measure the memory of a step on one device too, with an `optimizer` that is made from a list of parameters.
 
-    Raises InputError for numbers and units that make no sense, more microbatches than samples, and rules whose step is
-    not a schedule of F, D and U; NotLowered if a model can't be measured.
+    Raises InputError for numbers and units that make no sense, more microbatches than samples, rates beside `measured`,
+    and rules whose step is not a schedule of F, D and U; NotLowered if a model can't be measured.
     """
     if not isinstance(local, LocalModule):
         raise InputError("plan needs a compiled model", remedy="pass graphlocal.compile(model, ...)")
     sizes = Sizes(local.graph, open_sizes(local.graph, local.compiled.traced.arguments.leaves))
-    parts = min(_MICROBATCHES, sizes.batch) if microbatches is None else microbatches
+    parts = min(_MICROBATCHES, sizes.batch or _MICROBATCHES) if microbatches is None else microbatches
     counts = {"devices": devices, "streams": streams, "microbatches": parts}
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -158,6 +158,8 @@ def plan(
     _require_schedule(local.options.rule, peak)
     link = Link(units.bandwidth(bandwidth), units.seconds(latency))
     device = Device(units.rate(flops), units.bandwidth(memory, "memory"), units.seconds(launch, "launch"))
+    if measured:
+        _require_no_rates(device)
     costs = measured_costs(local.compiled) if measured else roofline_costs(local.compiled, sizes, device)
     in_parts = costs
     if device.launch and parts > 1 and not measured:  # every microbatch starts all operators
@@ -216,8 +218,20 @@ def _require_schedule(rule: Rule, peak: bool) -> None:
         )
 
 
-def _require_samples(microbatches: int, batch: int) -> None:
-    if microbatches > batch:
+def _require_no_rates(device: Device) -> None:
+    """Raise InputError for rates that a measured plan would take no notice of."""
+    given = [f.name for f in fields(Device) if getattr(device, f.name) != f.default]
+    names = " and ".join({"bytes": "memory"}.get(name, name) for name in given)
+    if given:
+        raise InputError(
+            f"{names} and measured are given together",
+            why="a device's rates are for the roofline, and a measured plan times every action on this machine",
+            remedy=f"leave out {names}, or measured",
+        )
+
+
+def _require_samples(microbatches: int, batch: int | None) -> None:
+    if batch is not None and microbatches > batch:
         raise InputError(
             f"microbatches is {microbatches}, and the batch of the example inputs {batch}",
             why="a microbatch is a part of the batch, of one sample at least",

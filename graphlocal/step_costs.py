@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from graphlocal.compiler import Compiled, Options, build
 from graphlocal.ir import LocalGraph
+from graphlocal.live_memory import tensor_bytes
 from graphlocal.measured import Measured, lowered_step, measure
 from graphlocal.passes.cost import KINDS, Device, Key, Sizes, roofline
 from graphlocal.rules import Backprop, RecLRA, Rule
@@ -48,7 +49,7 @@ class StepCosts:
 def measured_costs(compiled: Compiled) -> StepCosts:
     """Times on this machine. Raises NotLowered for a model without a lowered form."""
     graph = compiled.graph
-    local, true = measure(compiled), measure(_by_backprop(compiled))
+    local, true = measure(compiled), measure(_copy_by_backprop(compiled))
     fit = measure(compiled.calibration).actions if compiled.rule.calibration else None
     ratio = sum(local.actions.values()) / local.step
     note = f"Times are measured here, action by action; their sum is {ratio:.2f} of the measured step."
@@ -69,7 +70,7 @@ def roofline_costs(compiled: Compiled, sizes: Sizes, device: Device) -> StepCost
     if told_by_graph(rule, graph):
         return StepCosts(*by_graph, notes=(f"{note}.",))
     try:
-        local, true = (_by_operators(c, device) for c in (compiled, _by_backprop(compiled)))
+        local, true = (_by_operators(c, device) for c in (compiled, _copy_by_backprop(compiled)))
         fit = _by_operators(compiled.calibration, device) if rule.calibration else None
     except NotLowered as error:
         missing = f"{note}; what the rule {rule.name!r} does beyond products is left out, so that local takes longer"
@@ -105,7 +106,7 @@ def _by_operators(compiled: Compiled, device: Device) -> Costs:
 
     found: defaultdict[str, float] = defaultdict(float)
     for node in filter(_computes, lowered.module.graph.nodes):
-        moved = sum(_bytes(value(x)) for x in (*node.all_input_nodes, node))
+        moved = sum(_traffic(value(x)) for x in (*node.all_input_nodes, node))
         found[node.meta.get("action") or ""] += device.seconds(_flops(node, value), moved)
     return {(kind, n): found[f"{kind}{n}"] for n in compiled.graph.number.values() for kind in KINDS}
 
@@ -116,10 +117,10 @@ def _computes(node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and not target.is_view and target not in VIEWS
 
 
-def _bytes(value: Any) -> int:
+def _traffic(value: Any) -> int:
     """Bytes of the tensors among a value; what is expanded is read once."""
     tensors = (x for x in pytree.tree_leaves(value) if isinstance(x, Tensor))
-    return sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
+    return sum(min(tensor_bytes(x), x.untyped_storage().nbytes()) for x in tensors)
 
 
 def _flops(node: fx.Node, value: Callable[[fx.Node], Any]) -> int:
@@ -165,7 +166,7 @@ _LIKE = {
 """Operators that count like another, which the counter knows."""
 
 
-def _by_backprop(compiled: Compiled) -> Compiled:
+def _copy_by_backprop(compiled: Compiled) -> Compiled:
     """A copy of the model, cut into the same subgraphs, trained by backpropagation."""
     owner = compiled.graph.owner
     options = Options(Backprop(), partition=lambda op: owner[op.name])

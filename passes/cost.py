@@ -53,11 +53,14 @@ class Sizes:
         return prod(map(self.dim, type.shape)) * _BYTES.get(type.dtype, 4) if type else 0
 
     @property
-    def batch(self) -> int:
-        """The first axis of the first output that has one, or else of the first input; 1 where none has."""
-        types = [self.graph.type(v) for v in self.graph.outputs if v in self.graph.operation]
-        shapes = (t.shape for t in (*types, *(item.type for item in self.graph.inputs)) if t and t.shape)
-        return self.dim(next(shapes, (1,))[0])
+    def batch(self) -> int | None:
+        """The first axis of the inputs, of those that leave it open if any do; 1 where none has an axis.
+
+        None where they disagree. Outputs don't tell it: what a model returns may be a mean, or transposed.
+        """
+        first = [item.type.shape[0] for item in self.graph.inputs if item.type and item.type.shape]
+        sizes = {self.dim(dim) for dim in [dim for dim in first if isinstance(dim, str)] or first or [1]}
+        return sizes.pop() if len(sizes) == 1 else None
 
     def dim(self, dim: int | str) -> int:
         """A size as a number. Raises InputError for one that `dims` doesn't tell."""
@@ -101,8 +104,9 @@ def roofline(graph: LocalGraph, sizes: Sizes, device: Device, exact: bool = Fals
 
     Forward: every operation once. `U`: the gradient of each operation's parameters, and of its inputs where they are
     computed inside the subgraph or a message goes back, each at the cost of the forward. `D`: one product with E, and
-    five values of the representation's size (target, error, and their parts). What else a rule's actions do (inner
-    steps, decoders, twins, normalizations) isn't in the graph: `graphlocal.step_costs` counts the operators of those.
+    the traffic of five values of the representation's size (target, error, and their parts). What else a rule's actions
+    do (inner steps, decoders, twins, normalizations) isn't in the graph: `graphlocal.step_costs` counts the operators
+    of those.
     """
     costs: dict[Key, float] = {}
     for subgraph in graph.subgraphs:

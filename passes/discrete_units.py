@@ -4,7 +4,8 @@ A discrete unit g(f) takes a float value f to a float value and has no useful de
 `round`, `heaviside`, `bernoulli`), or a comparison and what makes a float of it (`(f > 1).float()`, `rand < f`).
 It is marked where it would stop learning: f depends on a trainable parameter, the unit's result can reach an output
 of the model, and no derivative of an output with respect to f exists by any other way. So a gate `f * (f > 0)` is left
-alone, since its product rule is right.
+alone, since its product rule is right; and so is a unit of a parameter itself, which is no value: `sign(w)` has the
+derivative that autograd gives it, `sign(w.clone())` is a unit.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from graphlocal.errors import InputError
 from graphlocal.ir import LocalGraph, Operation
 from graphlocal.verify import carries_derivative, has_no_derivative, learning_values
+from graphlocal.verify.rule import place
 
 _UNIT = re.compile(r"aten\.(sign|sgn|round|floor|ceil|trunc|fix|heaviside|bernoulli)\.(default|out|decimals)$")
 _SQUASHING = re.compile(r"aten\.(sigmoid|tanh|hardtanh|hardsigmoid)\.")
@@ -27,6 +30,8 @@ class FindDiscreteUnits:
 
     before_squashing: where f is a sigmoid or tanh of x, take x for f. beside_derivatives: also where a derivative of an
     output with respect to f exists by another way, for estimators that add to it.
+
+    Raises InputError where f is a sigmoid or tanh of a parameter itself, and x so no value.
     """
 
     before_squashing: bool = False
@@ -52,6 +57,15 @@ def _before_squashing(graph: LocalGraph, f: str, chain: tuple[str, ...]) -> tupl
     op = graph.operation.get(value)
     if op is None or not _SQUASHING.match(op.target):
         return f, chain
+    if not op.inputs:
+        state = ", ".join(op.states)
+        raise InputError(
+            f"errors can't pass by {op.name!r}, since it is applied to the parameter {state!r} itself",
+            where=place(graph, op.name),
+            why="an estimator sends the error of a discrete unit to the value before its sigmoid or tanh, and a "
+            "parameter is no value of the graph",
+            remedy="apply it to a copy, parameter.clone()",
+        )
     return sign + op.inputs[0], (value, *chain)
 
 
@@ -73,7 +87,7 @@ def _units(graph: LocalGraph, beside_derivatives: bool) -> dict[str, tuple[str, 
                 candidates.setdefault(f, []).append((chain[-1], sign + f, chain))
         elif op.name in reached:
             source = _converted(graph, op)
-            if _UNIT.match(op.target):
+            if op.inputs and _UNIT.match(op.target):
                 candidates.setdefault(op.inputs[0], []).append((op.name, op.inputs[0], (op.name,)))
             elif source is not None:
                 pending[source] = (op.name,)

@@ -124,7 +124,7 @@ class _Recording:
         """What the training graph returns, flattened."""
         given = list(self.inputs)
         after_loss = (False, tensors[-1]) if self.labelled else ()  # retain, labels
-        for i, tensor in zip(self.tensors, tensors, strict=False):
+        for i, tensor in zip(self.tensors, tensors[: len(self.tensors)], strict=True):
             given[i] = tensor
         named = {
             name: value.detach().requires_grad_() if wish else value

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphlocal.live_memory import tensor_bytes
 from graphlocal.targets.accesses import annotate
 from graphlocal.targets.shared_errors import SUMMED
 from graphlocal.targets.simplify import VIEWS
@@ -200,7 +201,7 @@ class _Recomputation:
 
     def _is_large(self, node: fx.Node) -> bool:
         value: Any = node.meta.get("val")
-        return isinstance(value, Tensor) and value.numel() * value.element_size() >= self.small
+        return isinstance(value, Tensor) and tensor_bytes(value) >= self.small
 
 
 def _action(node: fx.Node) -> str:

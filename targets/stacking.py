@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from graphlocal.live_memory import tensor_bytes
 from graphlocal.targets.simplify import VIEWS
 
 
@@ -49,11 +50,11 @@ class Stacking:
 
     def stacks(self, values: Iterable[Any], members: int) -> float:
         """The time of stacking values of one member each."""
-        return sum(self.call + members * 2 * size(value) / self.bytes for value in values)
+        return sum(self.call + members * 2 * tensor_bytes(value) / self.bytes for value in values)
 
     def at_a_time(self, nodes: Sequence[fx.Node], members: int) -> int:
         """How many members to stack, so that no stack of one operator's results is too large; at least 2."""
-        largest = max((size(node.meta.get("val")) for node in nodes), default=0)
+        largest = max((tensor_bytes(node.meta.get("val")) for node in nodes), default=0)
         return min(members, max(2, int(min(self.most / max(largest, 1), members))))
 
     def _flops(self, node: fx.Node) -> int:
@@ -74,12 +75,5 @@ ALL = Stacking(least=2, margin=inf)
 GPU = Stacking(call=6e-6, view=1.5e-6, bytes=2e12, flops=3e13, most=2.0**28)
 
 
-def size(value: Any) -> int:
-    """Bytes of a tensor; of a list of tensors, the sum."""
-    if isinstance(value, (list, tuple)):
-        return sum(map(size, value))
-    return prod(value.shape) * value.element_size() if isinstance(value, Tensor) else 0
-
-
 def _traffic(node: fx.Node) -> int:
-    return size(node.meta.get("val")) + sum(size(source.meta.get("val")) for source in node.all_input_nodes)
+    return sum(tensor_bytes(n.meta.get("val")) for n in (node, *node.all_input_nodes))

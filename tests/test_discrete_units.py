@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 import graphlocal
 from graphlocal.compiler import Options
+from graphlocal.errors import InputError
 from graphlocal.passes.discrete_units import FindDiscreteUnits
-from graphlocal.rules import RecLRA
+from graphlocal.rules import Backprop, RecLRA
 
 UNITS = {
     "sign": torch.sign,
@@ -105,10 +106,54 @@ def test_units_of_frozen_layers_and_of_the_input_are_left_alone():
     assert marked(local) == []
 
 
+class Gated(nn.Module):
+    """Two layers, with a discrete gate between them that depends on a parameter or a buffer, not on the input."""
+
+    def __init__(self, gate) -> None:
+        super().__init__()
+        self.first, self.second, self.gate = nn.Linear(4, 6), nn.Linear(6, 3), gate
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 6))
+        self.register_buffer("p", torch.full((6,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)) * self.gate(self.weight, self.p))
+
+
+GATES_OF_STATES = {
+    "sign": lambda w, p: torch.sign(w),
+    "sign and round": lambda w, p: torch.sign(w).round(),
+    "mask by a buffer": lambda w, p: torch.bernoulli(p),
+}
+
+
+@pytest.mark.parametrize("rule", [RecLRA(), Backprop(estimator="straight-through")], ids=["rec-lra", "estimator"])
+@pytest.mark.parametrize("gate", GATES_OF_STATES.values(), ids=list(GATES_OF_STATES))
+def test_a_unit_of_a_parameter_or_buffer_itself_has_no_input_to_treat(gate, rule):
+    local = graphlocal.compile(Gated(gate), example_inputs=(torch.randn(5, 4),), rule=rule)
+    assert all("round" in op.name for op in local.graph.operations if op.discrete_of)
+    local(torch.randn(5, 4)).square().sum().backward()
+    assert local.original.first.weight.grad.any()
+    gradient = local.original.weight.grad
+    assert gradient is None or not gradient.any()  # as in autograd
+
+
+def test_an_estimator_refuses_a_squashed_parameter_and_takes_its_copy():
+    def compiled(gate) -> graphlocal.LocalModule:
+        rule = Backprop(estimator="straight-through")
+        return graphlocal.compile(Gated(gate), example_inputs=(torch.randn(5, 4),), rule=rule)
+
+    with pytest.raises(InputError, match="applied to the parameter 'weight' itself") as caught:
+        compiled(lambda w, p: (torch.sigmoid(w) > 0.5).float())
+    assert "sigmoid" in caught.value.message
+    assert "test_discrete_units.py" in caught.value.where
+    assert "clone()" in caught.value.remedy
+    assert marked(compiled(lambda w, p: (torch.sigmoid(w.clone()) > 0.5).float())) == ["clone"]
+
+
 def test_the_pass_is_left_out_for_rules_that_keep_true_derivatives():
     names = [step.name for step in graphlocal.compiler.passes(Options(RecLRA()))]
     assert FindDiscreteUnits().name in names
-    backprop = Options(graphlocal.rules.Backprop())
+    backprop = Options(Backprop())
     assert FindDiscreteUnits().name not in [step.name for step in graphlocal.compiler.passes(backprop)]
 
 

@@ -18,7 +18,7 @@ import zoo
 from graphlocal.demo import SmallResNet
 from graphlocal.errors import InputError
 from graphlocal.execution import Execution
-from graphlocal.live_memory import LiveMemory, allocated_bytes, peak_bytes
+from graphlocal.live_memory import LiveMemory, allocated_bytes, peak_bytes, stored_bytes, tensor_bytes
 from graphlocal.memory import memory
 from graphlocal.partial_optimizer import Gathering
 from graphlocal.rules import Backprop, EquilibriumPropagation, LRADiff, RecLRA
@@ -70,6 +70,14 @@ def test_live_memory_sees_what_autograd_keeps_and_the_parts_of_sparse_tensors():
         del table
     assert live.now == 0
     assert peak_bytes(lambda: torch.ones(10), torch.device("cpu")) == 40
+
+
+def test_tensors_take_what_they_show_and_lie_in_memory_that_counts_once():
+    whole = torch.zeros(4, 6)
+    wide = torch.zeros(1, 6).expand(4, 6)
+    assert tensor_bytes([whole, (wide, None)]) == 2 * 4 * 24
+    assert stored_bytes([whole, whole[1:], whole.T, wide]) == 4 * (24 + 6)
+    assert stored_bytes([torch.eye(3).to_sparse()]) == 3 * (2 * 8 + 4)
 
 
 def test_the_allocator_forgets_what_is_freed_and_does_not_count_what_was_there():

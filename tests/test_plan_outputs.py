@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import graphlocal
 from graphlocal.errors import InputError
-from graphlocal.ir import LocalGraph
+from graphlocal.ir import Input, LocalGraph, TensorType
 from graphlocal.passes import pipelines
 from graphlocal.passes.cost import Device, Sizes, roofline
 from graphlocal.passes.pipelines import Link, busiest_link, device_name
@@ -147,18 +150,57 @@ def test_more_microbatches_than_samples_are_refused_and_the_default_fits():
     assert graphlocal.plan(two_heads()).microbatches == 8
 
 
-def test_the_batch_of_a_plan_is_the_outputs_first_axis_or_else_the_inputs():
-    class Mean(nn.Module):
+class Returns(nn.Module):
+    """Two classes, and what is made of them."""
+
+    def __init__(self, of_classes: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.of_classes = nn.Linear(4, 2), of_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_classes(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    "of_classes", [lambda z: z, lambda z: z.transpose(0, 1), lambda z: z.mean(0), lambda z: z.mean()],
+    ids=["classes", "transposed", "mean of samples", "mean"],
+)  # fmt: skip
+def test_the_batch_of_a_plan_is_the_inputs_first_axis_whatever_the_model_returns(of_classes):
+    local = graphlocal.compile(Returns(of_classes), example_inputs=torch.randn(16, 4), rule="backprop")
+    assert Sizes(local.graph, {"B": 16}).batch == 16
+    assert graphlocal.plan(local, microbatches=16).microbatches == 16
+    with pytest.raises(InputError, match="microbatches is 17, and the batch of the example inputs 16"):
+        graphlocal.plan(local, microbatches=17)
+
+
+def test_inputs_that_leave_no_axis_open_do_not_tell_the_batch_beside_those_that_do():
+    given = (Input("x", TensorType("float32", ("B", 4))), Input("table", TensorType("float32", (3, 4))))
+    graph = replace(two_heads().graph, inputs=given)
+    assert Sizes(graph, {"B": 16}).batch == 16
+    assert Sizes(replace(graph, inputs=given[1:]), {}).batch == 3
+    assert Sizes(replace(graph, inputs=(Input("scale", TensorType("float32", ())),)), {}).batch == 1
+
+
+def test_inputs_whose_first_axes_differ_set_no_limit_to_microbatches():
+    class Matched(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(4, 1)
+            self.queries, self.keys = nn.Linear(4, 6), nn.Linear(4, 6)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x).mean()
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            return self.queries(x) @ self.keys(memory).T
 
-    for model, inputs in ((Mean(), torch.randn(5, 4)), (nn.Linear(4, 2), torch.randn(6, 4))):
-        graph = graphlocal.compile(model, example_inputs=inputs, rule="backprop").graph
-        assert Sizes(graph, {"B": len(inputs)}).batch == len(inputs)
+    local = graphlocal.compile(Matched(), example_inputs=(torch.randn(3, 4), torch.randn(5, 4)))
+    assert graphlocal.plan(local).microbatches == 8
+    assert graphlocal.plan(local, microbatches=9).microbatches == 9
+
+
+@pytest.mark.parametrize("rates", [{"launch": "5us"}, {"flops": "2T"}, {"launch": 1e-6, "memory": "1TB"}])
+def test_rates_that_a_measured_plan_would_not_use_are_refused(rates):
+    with pytest.raises(InputError) as caught:
+        graphlocal.plan(two_heads("rec-lra"), measured=True, **rates)
+    assert caught.value.message.endswith("measured are given together")
+    assert all(name in caught.value.message and name in caught.value.remedy for name in rates)
 
 
 @pytest.mark.parametrize("rule", ["rec-lra", "lra-fdbk"])
