@@ -9,6 +9,7 @@ The cases, in the order in which an in-place operation m on a tensor t is looked
    to m is put into one group, which a partition never splits.
 
 An input that is called like an argument of the training graph gets another name.
+A comparison of a parameter or buffer with an input is turned round, so that the input comes first.
 A parameter or buffer that the model returns becomes the result of an operation, so that it belongs to a subgraph.
 """
 
@@ -39,11 +40,27 @@ def normalize(module: fx.GraphModule) -> None:
         if _writes(node):
             _functionalize(graph, node)
     _group_tuples(graph)
+    _compare_with_states(graph)
     _return_results(graph)
     _rename_inputs(graph)
     _drop_dead(graph)
     graph.lint()
     module.recompile()
+
+
+_TURNED = {
+    torch.ops.aten.gt.Tensor: torch.ops.aten.lt.Tensor, torch.ops.aten.lt.Tensor: torch.ops.aten.gt.Tensor,
+    torch.ops.aten.ge.Tensor: torch.ops.aten.le.Tensor, torch.ops.aten.le.Tensor: torch.ops.aten.ge.Tensor,
+}  # fmt: skip
+
+
+def _compare_with_states(graph: fx.Graph) -> None:
+    """`state > x` as `x < state`: an operation lists its inputs before its states, and the direction matters."""
+    for target, turned in _TURNED.items():
+        for node in graph.find_nodes(op="call_function", target=target):
+            first, second = node.args
+            if first.op == "get_attr" and second.op != "get_attr":
+                node.target, node.args = turned, (second, first)
 
 
 def _return_results(graph: fx.Graph) -> None:

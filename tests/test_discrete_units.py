@@ -137,6 +137,30 @@ def test_a_unit_of_a_parameter_or_buffer_itself_has_no_input_to_treat(gate, rule
     assert gradient is None or not gradient.any()  # as in autograd
 
 
+class Threshold(nn.Module):
+    """A step at a threshold that is a state, on either side of the comparison."""
+
+    def __init__(self, compare) -> None:
+        super().__init__()
+        self.first, self.second, self.compare = nn.Linear(4, 6), nn.Linear(6, 3), compare
+        self.register_buffer("threshold", torch.linspace(-0.2, 0.2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.compare(self.first(x), self.threshold).to(x.dtype))
+
+
+@pytest.mark.parametrize(
+    ("compare", "sign"),
+    [(lambda x, t: x > t, ""), (lambda x, t: t > x, "-"), (lambda x, t: x <= t, "-"), (lambda x, t: t <= x, ""),
+     (lambda x, t: t < x, ""), (lambda x, t: t >= x, "-")],
+)  # fmt: skip
+def test_a_step_rises_or_falls_whatever_side_its_threshold_is_on(compare, sign):
+    local = graphlocal.compile(Threshold(compare), example_inputs=(torch.randn(5, 4),))
+    assert marked(local) == [f"{sign}linear"]
+    x = torch.randn(5, 4)
+    assert torch.equal(local(x), local.original(x))
+
+
 def test_an_estimator_refuses_a_squashed_parameter_and_takes_its_copy():
     def compiled(gate) -> graphlocal.LocalModule:
         rule = Backprop(estimator="straight-through")
