@@ -182,7 +182,7 @@ class TrainStep:
         key = (compiled, names)
         if not names:
             return
-        if key not in self._parts:
+        if key not in self._parts or self._parts[key].whole is not self.optimizer:
             assert self.optimizer is not None
             parameters = [self._parameter(name) for name in names]
             self._parts[key] = PartialOptimizer(self.optimizer, parameters)
