@@ -516,6 +516,16 @@ def test_after_a_change_a_step_that_is_captured_anew_trains_as_the_step_does(cha
     assert_equal(states[1], states[0])
 
 
+def test_an_optimizer_that_is_replaced_between_steps_is_the_one_that_counts():
+    step = stepper()
+    trained(step, batches(2))
+    step.optimizer = torch.optim.SGD(step.local.parameters(), 0.0)
+    before = {key: value.clone() for key, value in step.local.state_dict().items()}
+    for run in (step, captured_step(step)):
+        trained(run, batches(WARM_UP + 2))
+        assert_equal(step.local.state_dict(), before)
+
+
 def test_what_changes_in_place_counts_in_replays():
     states = []
     for captured in (False, True):
