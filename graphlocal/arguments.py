@@ -65,9 +65,8 @@ def call_of(inputs: ExampleInputs, name: str) -> tuple[tuple[Any, ...], dict[str
 
 
 def holds_no_sample(values: Iterable[Any]) -> bool:
-    """Whether the tensors among the inputs or outputs of a call, scalars apart, are those of a batch of size 0."""
-    batched = [x for x in values if isinstance(x, torch.Tensor) and x.dim() > 0]
-    return bool(batched) and all(x.shape[0] == 0 for x in batched)
+    """Whether a tensor among the inputs or outputs of a call has an axis of size 0; the batch may be on any one."""
+    return any(isinstance(x, torch.Tensor) and x.numel() == 0 for x in values)
 
 
 def empty_batch(why: str) -> InputError:

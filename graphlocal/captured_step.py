@@ -2,7 +2,8 @@
 
 The whole step of `train_step` is recorded: forward pass, loss, error pass on all its streams, optimizer. A replay
 issues every kernel at once, so that the host's time per piece no longer counts. A capture runs nothing, and a replay
-runs no Python: what is no tensor on the GPU keeps the value that it had at the capture.
+runs no Python: what is no tensor on the GPU keeps the value that it had at the capture, and tensors are read and
+written where they lay then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils import _pytree as pytree
 
+from graphlocal.addresses import Addresses
 from graphlocal.autocast import autocast_now
 from graphlocal.errors import InputError, LocalTrainingError
 from graphlocal.partial_optimizer import hooked
@@ -29,7 +31,9 @@ def captured_step(step: TrainStep) -> CapturedStep:
 
     The first `WARM_UP` calls run the step as it is, the next one captures it, and from then on it is replayed.
     A learning rate that is to change later must be a tensor on the GPU, which schedulers write into:
-    `Adam(parameters, lr=torch.tensor(1e-3, device="cuda"), capturable=True)`.
+    `Adam(parameters, lr=torch.tensor(1e-3, device="cuda"), capturable=True)`. Afterwards weights, buffers and states
+    may change in place, as by `local.load_state_dict(...)`; one that was moved or replaced is found and refused. What
+    the loss function reads besides its arguments is not looked at.
 
     Raises InputError without a GPU, for a model that checks its updates (`local.check_finite`, which waits for the
     device), for a rule whose steps differ from each other, and for an optimizer that can't be captured: it must be SGD,
@@ -50,7 +54,7 @@ class CapturedStep:
         self.step, self.device = step, next(step.local.parameters()).device
         _require_cuda(self.device)
         _require_equal_steps(step)
-        self.optimizer = _capturable(step.optimizer, self.device)
+        _capturable(step.optimizer, self.device)
         self.side = torch.cuda.Stream(self.device)
         self.calls = 0
         self.inputs: _Inputs | None = None
@@ -90,8 +94,9 @@ class CapturedStep:
     def _capture(self, x: Any, y: Any) -> None:
         """Record one step; nothing runs, so that the model stays as it is."""
         _require_equal_steps(self.step)
-        _capturable(self.step.optimizer, self.device)
+        self.optimizer = _capturable(self.step.optimizer, self.device)
         graph, baked = torch.cuda.CUDAGraph(), dict(self._baked())
+        memory = Addresses(self.step.local, self.optimizer)
         failure: RuntimeError | None = None
         try:
             with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self.side):
@@ -107,10 +112,19 @@ class CapturedStep:
                 why=(str(cause).splitlines() or [type(cause).__name__])[0],
                 remedy="call the step itself, or take out what waits for the device, such as .item() in the loss",
             ) from error
-        self.graph, self.baked = graph, baked
+        if moved := memory.moved():
+            raise LocalTrainingError(
+                "the step can't be captured in a CUDA graph",
+                why=f"it puts {moved} into other memory, and each replay would start from what lay there before",
+                remedy="call the step itself, or write in place, such as buffer.copy_(...)",
+            )
+        self.graph, self.baked, self.memory = graph, baked, memory
+        self.compiled = self.step.local.compiled  # its tables and stacks, which the graph has the addresses of
 
     def _baked(self) -> Iterator[tuple[str, Any]]:
         """What the graph has written into it, or doesn't look at, by a name for messages."""
+        yield "the step's optimizer", _Itself(self.step.optimizer)
+        yield "the step's loss function", _Itself(self.step.loss_fn)
         for i, group in enumerate(self.optimizer.param_groups):
             for key, value in group.items():
                 told = tuple(map(id, value)) if key == "params" else _told(value, self.device)
@@ -118,20 +132,29 @@ class CapturedStep:
         yield "the optimizer's table of states", id(self.optimizer.state)
         yield "the state of autocast", autocast_now()
         yield "which of the model's layers there are, train and are frozen", self.step.local._watch.looks()
+        yield "the module of the error weights", _Itself(self.step.local.error_weights)
 
     def _require_unchanged(self) -> None:
+        _require_equal_steps(self.step)
         now = dict(self._baked())
         for name, then in self.baked.items():
             if name not in now or not _same(then, now[name]):
                 short = isinstance(then, (bool, int, float)) and name in now and not name.startswith("the ")
-                raise InputError(
-                    f"{name} has changed since the step was captured" + (f": {then} to {now[name]}" if short else ""),
-                    why="a replay runs what was captured, with the numbers of then",
-                    remedy="call graphlocal.captured_step(step) once more; for schedulers, make the optimizer with "
-                    "lr=torch.tensor(1e-3, device='cuda')",
-                )
+                raise _changed(name, f": {then} to {now[name]}" if short else "")
+        if moved := self.memory.moved():
+            raise _changed(f"the memory of {moved}")
         if hooked(self.optimizer):
             raise _hooked_error()
+
+
+class _Itself:
+    """An object, equal to no other one."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.value is self.value
 
 
 class _Inputs:
@@ -208,7 +231,7 @@ def _require_equal_steps(step: TrainStep) -> None:
     if step.local.check_finite:
         raise InputError(
             "the step waits for the device to see whether an update is a number",
-            remedy="set local.check_finite = False before capturing",
+            remedy="set local.check_finite = False",
         )
     if rule.engine != "schedule" or rule.calibration is not None or rule.relaxes:
         raise InputError(
@@ -239,6 +262,15 @@ def _capturable(optimizer: Optimizer | None, device: torch.device) -> Optimizer:
     if hooked(optimizer):
         raise _hooked_error()
     return optimizer
+
+
+def _changed(name: str, how: str = "") -> InputError:
+    return InputError(
+        f"{name} has changed since the step was captured{how}",
+        why="a replay runs what was captured, with the numbers and on the memory of then",
+        remedy="call graphlocal.captured_step(step) once more; for schedulers, make the optimizer with "
+        "lr=torch.tensor(1e-3, device='cuda')",
+    )
 
 
 def _hooked_error() -> InputError:

@@ -161,11 +161,13 @@ class Execution:
             if not autocast:
                 self._last = shapes, self.taken, fused, found
             return found
+        asks_back = any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
+        if asks_back or self.holds_no_sample(leaves):
+            return None
         seen = shapes in self._shapes
         if len(self._shapes) < MANY_SHAPES:
             self._shapes.add(shapes)
-        asks_back = any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
-        if asks_back or holds_no_sample(leaves) or shapes not in self._shapes or not (seen or self._strict):
+        if shapes not in self._shapes or not (seen or self._strict):
             return None
         try:
             with amp.off():
@@ -178,6 +180,11 @@ class Execution:
             if self._strict:
                 raise
         return self._passes.get(key)
+
+    def holds_no_sample(self, leaves: Sequence[Any]) -> bool:
+        """Whether an input is empty that is not empty always."""
+        given = zip(leaves, self.compiled.graph.inputs, strict=True)
+        return holds_no_sample([x for x, item in given if item.type is None or 0 not in item.type.shape])
 
     def _lower(self, leaves: Sequence[Any], fused: bool, autocast: Autocast) -> Passes:
         self.shared_errors = 0
@@ -302,6 +309,7 @@ class Run:
 
     outputs: flattened. saved: what the error pass reads; None once it has freed it. autocast: the error pass runs in
     the state that the forward pass ran in. scaled: its updates may overflow, which a gradient scaler looks for.
+    empty: an input has an axis of size 0 that it has not always, as in a batch without samples.
     elsewhere: whoever makes this object runs the forward pass, and sets the first two.
     """
 
@@ -309,6 +317,7 @@ class Run:
         self, execution: Execution, passes: Passes, leaves: list[Any], fused: bool, elsewhere: bool = False
     ) -> None:
         self.execution, self.passes, self.fused = execution, passes, fused
+        self.empty = passes.taken is None and execution.holds_no_sample(leaves)  # such batches are not lowered
         self.autocast = autocast_now() if amp.is_on() else ()
         self.scaled = any(dtype is torch.float16 for _, dtype in self.autocast) if self.autocast else False
         # A capture is of a loss that steps before it have run with, and may not read the GPU's random state.
@@ -329,7 +338,7 @@ class Run:
 
         labels: those of the batch, for rules with local heads; or the losses of its samples, for rules that need them.
 
-        Raises InputError for an empty batch, where the rule can't take one.
+        Raises InputError where it fails on an empty batch; its cause is what failed, perhaps the user's optimizer.
         """
         given = tuple([error is not None for error in errors])
         if self.passes.taken is not None and given != self.passes.taken:
@@ -349,9 +358,9 @@ class Run:
             else:
                 result = self.passes.error(self.saved, errors, *rest, retain, *labels)
         except (RuntimeError, ArithmeticError) as error:
-            if not holds_no_sample(errors):
+            if not self.empty:
                 raise
-            raise empty_batch(f"the error pass takes means over samples: {error}") from error
+            raise empty_batch(f"on it, the error pass or an update failed: {error or type(error).__name__}") from error
         finally:
             if not retain:
                 self.saved = self.start = None

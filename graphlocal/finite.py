@@ -7,22 +7,24 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from graphlocal.arguments import empty_batch, holds_no_sample
+from graphlocal.arguments import empty_batch
 from graphlocal.compiler import Compiled
 from graphlocal.errors import LocalTrainingError
 from graphlocal.norms import UpdateNorms
 
 
-def require_finite(compiled: Compiled, errors: Iterable[Tensor | None], norms: UpdateNorms) -> None:
+def require_finite(
+    compiled: Compiled, errors: Iterable[Tensor | None], norms: UpdateNorms, empty: bool = False
+) -> None:
     """Raise LocalTrainingError, naming the subgraph, if the norm of an update is not a number; InputError if the batch
-    is empty.
+    is `empty`.
 
     An infinite output error is let pass: a loss scaler makes it, looks for it, and skips the step.
     """
     if not norms.found or not math.isnan(norms.total()):
         return
     given = [error for error in errors if error is not None]
-    if holds_no_sample(given):
+    if empty:
         raise empty_batch("a mean over no samples is not a number")
     if any(bool(error.isinf().any()) for error in given):
         return

@@ -40,7 +40,9 @@ class Step(Protocol):
 
     def __call__(self, x: Any, y: Any) -> Tensor: ...
 
-    def _loss(self, compiled: Compiled, outputs: Any, y: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]: ...
+    def _loss(
+        self, compiled: Compiled, outputs: Any, y: Any, empty: bool = False
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]: ...
 
     def _norms(self, compiled: Compiled) -> UpdateNorms: ...
 
@@ -239,7 +241,7 @@ class _Run:
         run = started.run
         run.outputs, run.saved = started.flight.result()
         with torch.enable_grad():
-            loss, errors = self.step._loss(started.compiled, run.outputs, head.y)
+            loss, errors = self.step._loss(started.compiled, run.outputs, head.y, run.empty)
         errors = _apart(errors, head)
         norms = self.step._norms(started.compiled)
         apply = self.step._updates(started.compiled, norms)
@@ -248,7 +250,7 @@ class _Run:
                 run.error_pass(errors, apply)  # a loss on other outputs than before
             else:
                 self._learn(head.number, started, errors, apply)
-            require_finite(started.compiled, errors, norms)
+            require_finite(started.compiled, errors, norms, run.empty)
         return loss
 
     def _learn(self, number: int, started: _Started, errors: Any, apply: Any) -> None:

@@ -408,7 +408,7 @@ class LocalStep:
         if self.local.check_finite and not self.run.scaled and not self.run.passes.are_numbers(weights):
             norms = UpdateNorms()
             norms.add(self.training.weights, weights)
-            require_finite(self.compiled, aligned, norms)
+            require_finite(self.compiled, aligned, norms, self.run.empty)
         return (None, *weights, *feedback, *[inputs[i] for i in self.inputs])
 
 

@@ -96,7 +96,7 @@ class TrainStep:
             if self.local.options.rule.engine != "schedule":
                 return self._run_engine(leaves, spec, y, index)
             compiled, run = self.local._forward_pass(leaves, spec, fused=True)
-            loss, errors = self._loss(compiled, run.outputs, y)
+            loss, errors = self._loss(compiled, run.outputs, y, run.empty)
             run.outputs = []
         norms = self._norms(compiled)
         with torch.no_grad():
@@ -105,7 +105,7 @@ class TrainStep:
             apply = self._updates(compiled, norms, TOGETHER)
             run.error_pass(errors, apply, labels=labels)
             apply.flush()
-            require_finite(compiled, errors, norms)
+            require_finite(compiled, errors, norms, run.empty)
         return loss
 
     def _norms(self, compiled: Compiled) -> UpdateNorms:
@@ -134,9 +134,11 @@ class TrainStep:
         return overlapped(self, batches, staleness)
 
     def _run_engine(self, leaves: list[Any], spec: Any, y: Any, index: Tensor | None) -> Tensor:
+        empty = holds_no_sample(leaves)
+
         def run(compiled: Compiled) -> tuple[Tensor, dict[str, Tensor]]:
             assert compiled.engine is not None
-            call = StepCall(lambda flat: self._loss(compiled, flat, y), self.goals, y, index, self.memory)
+            call = StepCall(lambda flat: self._loss(compiled, flat, y, empty), self.goals, y, index, self.memory)
             return compiled.engine.step(leaves, call)
 
         loss: Tensor
@@ -144,7 +146,7 @@ class TrainStep:
         if self.local.check_finite:
             norms = UpdateNorms()
             norms.add(tuple(gradients), tuple(gradients.values()))
-            require_finite(compiled, (), norms)
+            require_finite(compiled, (), norms, empty)
         with torch.no_grad():
             if (compiled, tuple(gradients)) in self._parts or not self._parts:
                 self._apply(compiled, tuple(gradients), tuple(gradients.values()))
@@ -153,7 +155,10 @@ class TrainStep:
                     self._apply(compiled, (name,), (gradient,))
         return loss
 
-    def _loss(self, compiled: Compiled, outputs: Any, y: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def _loss(
+        self, compiled: Compiled, outputs: Any, y: Any, empty: bool = False
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The loss, and its gradients at the outputs. empty: whether the batch is, for the message of a NaN."""
         flat = [
             x.detach().requires_grad_() if taken else x
             for x, taken in zip(outputs, compiled.differentiable, strict=True)
@@ -169,7 +174,7 @@ class TrainStep:
                 + (f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""),
             )
         if self.local.check_finite and math.isnan(loss.item()):
-            if holds_no_sample(flat):
+            if empty:
                 raise empty_batch("the loss, a mean over no samples, is not a number")
             raise LocalTrainingError("the loss is not a number", remedy="lower the learning rate, or check the inputs")
         wanted = [x for x, taken in zip(flat, compiled.differentiable, strict=True) if taken]
@@ -182,7 +187,7 @@ class TrainStep:
         key = (compiled, names)
         if not names:
             return
-        if key not in self._parts:
+        if key not in self._parts or self._parts[key].whole is not self.optimizer:
             assert self.optimizer is not None
             parameters = [self._parameter(name) for name in names]
             self._parts[key] = PartialOptimizer(self.optimizer, parameters)

@@ -46,6 +46,11 @@ def outlives(root: str) -> bool:
     return root == RANDOM or root.startswith("storage ") or "." in root
 
 
+def root_of(state: Tensor) -> str:
+    """The root of a strided parameter, buffer or feedback map: its storage. Not for messages, it is an address."""
+    return f"storage {state.untyped_storage()._cdata}"
+
+
 def annotate(training: TrainingGraph) -> None:
     """Write an Access as `meta["access"]` on every node of a training graph; copies of the graph keep it."""
     known: dict[fx.Node, Access] = {}
@@ -109,9 +114,7 @@ def _storage(module: fx.GraphModule, target: str) -> str:
     """The name of a state's memory, the same for states that share it."""
     owner, _, last = target.rpartition(".")
     value = getattr(module.get_submodule(owner), last)
-    if isinstance(value, Tensor) and value.layout is torch.strided:
-        return f"storage {value.untyped_storage()._cdata}"
-    return target
+    return target if not isinstance(value, Tensor) or value.layout is not torch.strided else root_of(value)
 
 
 def _union(sets: Any) -> Roots:

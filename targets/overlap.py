@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
-from graphlocal.targets.accesses import annotate
+from graphlocal.targets.accesses import Roots, annotate, root_of
 from graphlocal.targets.fused_updates import with_updates
 from graphlocal.targets.lanes import Flight, Part
 from graphlocal.targets.pieces import Cut, Piece, cut
@@ -58,10 +59,16 @@ def overlap(lowered: TrainingGraph) -> Overlap | Alone:
         return Alone(f"the model is on {', '.join(sorted(devices)) or 'no device'}, and steps overlap on a CPU alone")
     found = Overlap(Part(cut(forward, join=False)), Part(cut(error, first=_lowest)))
     if shared := found.forward.written & found.error.written:
-        states = (*forward.named_parameters(), *forward.named_buffers())
-        names = [name for name, x in states if f"storage {x.untyped_storage()._cdata}" in shared]
-        return Alone(f"the error pass writes what the forward pass writes too ({', '.join(names) or min(shared)})")
+        return Alone(f"the error pass writes what the forward pass writes too ({_named(shared, (forward, error))})")
     return found if found.forward.cut.pieces else Alone("the forward pass computes nothing")
+
+
+def _named(roots: Roots, passes: Iterable[nn.Module]) -> str:
+    """What lies in this memory, by the names that the user's model gives it."""
+    states = [s for m in passes for s in (*m.named_parameters(), *m.named_buffers()) if s[1].layout is torch.strided]
+    names = [name for name, x in states if root_of(x) in roots]
+    names += [root for root in sorted(roots) if "." in root]  # of what is not strided
+    return ", ".join(dict.fromkeys(name.removeprefix("original.") for name in names)) or "a constant of the model"
 
 
 def _neighbours(lowered: TrainingGraph) -> Callable[[str], str]:
@@ -112,4 +119,4 @@ def task(function: Callable[[], None], step: int) -> Flight:
 def tensors(part: Part, module: Any) -> list[Tensor]:
     """The buffers of a module that a pass changes."""
     written = part.written
-    return [b for b in module.buffers() if f"storage {b.untyped_storage()._cdata}" in written]
+    return [b for b in module.buffers() if root_of(b) in written]

@@ -411,6 +411,62 @@ def test_an_update_that_an_empty_batch_makes_no_number_is_not_put_down_to_the_le
     assert "learning rate" not in str(caught.value)
 
 
+class TimeFirst(nn.Module):
+    """Takes [time, batch, features], and returns a mean over time, or over the batch too."""
+
+    def __init__(self, over: int | tuple[int, ...]) -> None:
+        super().__init__()
+        self.over, self.first, self.head = over, nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(x)).mean(self.over))
+
+
+@pytest.mark.parametrize("over", [0, (0, 1)], ids=["time", "all"])
+@pytest.mark.parametrize("rule", ["rec-lra", "backprop", "nlp"])
+def test_a_batch_may_be_empty_on_another_axis_than_the_first(rule, over):
+    x = torch.randn(4, 8, 6)
+    local = graphlocal.compile(TimeFirst(over), example_inputs=x, rule=rule)
+    step = graphlocal.train_step(local, lambda output, _: output.mean(), torch.optim.SGD(local.parameters(), 0.1))
+    for batch in (x, x, x[:, :0], x):
+        if batch.numel():
+            step(batch, None)
+            continue
+        with pytest.raises(InputError, match="the batch is empty") as caught:
+            step(batch, None)
+        assert "learning rate" not in str(caught.value)
+    execution = local.compiled.execution
+    assert rule == "nlp" or (execution.not_lowered is None and execution._passes)
+
+
+@pytest.mark.parametrize("over", [0, (0, 1)], ids=["time", "all"])
+def test_a_drop_in_step_on_a_batch_that_is_empty_on_another_axis_says_so(over):
+    x = torch.randn(4, 8, 6)
+    local = graphlocal.compile(TimeFirst(over), example_inputs=x, rule=RecLRA())
+    with pytest.raises(InputError, match="the batch is empty") as caught:
+        local(x[:, :0]).mean().backward()
+    assert "learning rate" not in str(caught.value)
+
+
+class BrokenOptimizer(torch.optim.SGD):
+    def step(self, closure=None):
+        raise RuntimeError("the optimizer's own trouble")
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["full", "empty"])
+def test_an_error_of_the_users_optimizer_is_shown_as_what_it_is(empty, monkeypatch):
+    monkeypatch.setattr("graphlocal.step.TOGETHER", 0)  # each subgraph's update is made within the error pass
+    local, _, (x,) = pair("mlp", "backprop")
+    local.check_finite = False
+    step = graphlocal.train_step(local, lambda output, _: output.sum(), BrokenOptimizer(local.parameters(), 0.1))
+    with pytest.raises(InputError if empty else RuntimeError, match="the optimizer's own trouble") as caught:
+        step(x[:0] if empty else x, None)
+    if empty:
+        assert "the batch is empty" in str(caught.value)
+        assert "means over samples" not in str(caught.value)
+        assert type(caught.value.__cause__) is RuntimeError
+
+
 class UnreturnedHead(nn.Module):
     """An auxiliary head with BatchNorm runs, but what it computes is not returned."""
 

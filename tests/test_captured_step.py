@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 from test_streams import assert_equal, compiled
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,13 +27,32 @@ from graphlocal.rules import RecLRA
 SHAPE = (8, 6)
 
 
+class Address:
+    """Where a tensor lies, whatever its object holds later.
+
+    made: whether the capture made its memory, so that the graph owns it. Any other is freed as if there were no graph.
+    """
+
+    def __init__(self, x: Tensor, made: bool) -> None:
+        self.dtype, self.view = x.dtype, (x.storage_offset(), x.size(), x.stride())
+        self.memory: Any = x.untyped_storage() if made else StorageWeakRef(x.untyped_storage())
+
+    def tensor(self) -> Tensor:
+        memory = self.memory
+        if isinstance(memory, StorageWeakRef):
+            assert not memory.expired(), "a replay reads or writes memory that was freed"
+            memory = torch.UntypedStorage._new_with_weak_ptr(memory.cdata)
+        return torch.empty(0, dtype=self.dtype).set_(memory, *self.view)
+
+
 class Recorder(TorchDispatchMode):
-    """Records every operator, with the tensors and the Python numbers that it was called with."""
+    """Records every operator, with the addresses and the Python numbers that it was called with."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.calls: list[tuple[Any, Any, Any]] = []
         self.before: dict[int, tuple[Any, Any]] = {}  # each memory, and what was in it
+        self.made: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -41,9 +62,18 @@ class Recorder(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 memory = leaf.untyped_storage()
                 self.before.setdefault(memory._cdata, (memory, memory.clone()))
+        if function is torch.ops.aten.lift_fresh.default:  # a number that Python has just made into a tensor
+            self.made |= memories(args)
+        given = self.addresses((args, kwargs))
         result = function(*args, **kwargs)
-        self.calls.append((function, args, kwargs, result))
+        made = memories(result) - memories((args, kwargs))
+        self.made |= made - self.before.keys()
+        new = [x if is_tensor(x) and memories(x) <= made else None for x in pytree.tree_leaves(result)]
+        self.calls.append((function, given, self.addresses(new)))
         return result
+
+    def addresses(self, values: Any) -> Any:
+        return pytree.tree_map_only(Tensor, lambda x: Address(x, memories(x) <= self.made), values)
 
 
 class FakeGraph:
@@ -68,16 +98,20 @@ class FakeGraph:
             torch.set_rng_state(random)
             for memory, value in self.recorder.before.values():  # nothing has run
                 memory.copy_(value)
+            self.recorder.before.clear()
 
     def replay(self) -> None:
         self.replays += 1
         with torch.no_grad():
-            for function, args, kwargs, result in self.recorder.calls:
-                again = function(*args, **kwargs)
-                inside = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if is_tensor(x)}
-                for old, new in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
-                    if is_tensor(old) and old.untyped_storage()._cdata not in inside:
-                        old.detach().copy_(new)
+            for function, given, results in self.recorder.calls:
+                args, kwargs = pytree.tree_map_only(Address, Address.tensor, given)
+                for old, new in zip(results, pytree.tree_leaves(function(*args, **kwargs)), strict=True):
+                    if old is not None:
+                        old.tensor().copy_(new)
+
+
+def memories(values: Any) -> set[int]:
+    return {x.untyped_storage()._cdata for x in pytree.tree_leaves(values) if is_tensor(x)}
 
 
 def is_tensor(x: Any) -> bool:
@@ -395,23 +429,164 @@ def test_a_learning_rate_in_a_tensor_counts_in_replays():
         captured_step(stepper(lr=torch.tensor(0.1)))
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda step: step.optimizer.load_state_dict(step.optimizer.state_dict()), "has changed since the step was"),
-        (lambda step: step.local.original[0].requires_grad_(False), "which of the model's layers"),
-        (lambda step: step.local.original[2].eval(), "which of the model's layers"),
-        (lambda step: step.optimizer.param_groups[0].update(momentum=0.5), "'momentum' of .*: 0.9 to 0.5"),
-    ],
-    ids=["loaded state", "frozen", "mode", "momentum"],
-)
+def moved(step: graphlocal.TrainStep) -> None:
+    weight = step.local.original[0].weight
+    weight.data = weight.data.clone()
+
+
+def from_a_vector(step: graphlocal.TrainStep) -> None:
+    parameters = list(step.local.parameters())
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(parameters).clone(), parameters)
+
+
+def there_and_back(step: graphlocal.TrainStep) -> None:
+    kept = [p.data for p in step.local.parameters()]  # lest the allocator gives out the same memory again
+    step.local.double().float()
+    del kept
+
+
+def another_error_weight(step: graphlocal.TrainStep) -> None:
+    name, E = next(step.local.error_weights.named_buffers())
+    setattr(step.local.error_weights, name, E.clone())
+
+
+def transposed(step: graphlocal.TrainStep) -> None:
+    weight = step.local.original[3].weight
+    weight.data = weight.data.t()
+
+
+def changed_rate(step: graphlocal.TrainStep) -> None:
+    step.optimizer.param_groups[0]["momentum"] = 0.5
+
+
+CHANGES = {
+    "loaded state": (lambda step: step.optimizer.load_state_dict(step.optimizer.state_dict()), "table of states has"),
+    "frozen": (lambda step: step.local.original[0].requires_grad_(False), "which of the model's layers"),
+    "mode": (lambda step: step.local.original[2].eval(), "which of the model's layers"),
+    "momentum": (changed_rate, "'momentum' of .*: 0.9 to 0.5"),
+    "data": (moved, "the memory of 0.weight has changed since the step was"),
+    "vector": (from_a_vector, "the memory of 0.weight has"),
+    "dtype": (there_and_back, "the memory of 0.weight has"),
+    "transposed": (transposed, "the memory of 3.weight has"),
+    "error weight": (another_error_weight, r"the memory of error_weights\.tanh_from_\w+ has"),
+    "cleared state": (lambda step: step.optimizer.state.clear(), "the memory of a tensor of the optimizer has"),
+    "checks": (lambda step: setattr(step.local, "check_finite", True), "set local.check_finite = False"),
+    "loss": (lambda step: setattr(step, "loss_fn", lambda *a: cross_entropy(*a)), "the step's loss function has"),
+    "optimizer": (
+        lambda step: setattr(step, "optimizer", torch.optim.SGD(step.local.parameters(), 0.5)), "step's optimizer has",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES.values(), ids=CHANGES)
 def test_what_a_replay_would_not_notice_is_refused(change, said):
     step = stepper()
     run = captured_step(step)
     trained(run, batches(WARM_UP + 1))
     change(step)
-    with pytest.raises(InputError, match=said):
-        run(*batches(1)[0])
+    before = {key: value.clone() for key, value in step.local.state_dict().items()}
+    for _ in range(2):
+        with pytest.raises(InputError, match=said):
+            run(*batches(1)[0])
+    assert_equal(step.local.state_dict(), before)
+    assert FakeGraph.made[0].replays == 1
+
+
+def test_a_running_statistic_that_was_replaced_is_refused():
+    local = compiled("small_resnet", target="lowered")
+    local.check_finite = False
+    loss = lambda out, _: zoo.MODELS["small_resnet"].loss(out)  # noqa: E731
+    run = captured_step(graphlocal.train_step(local, loss, torch.optim.SGD(local.parameters(), 0.01)))
+    trained(run, [(zoo.MODELS["small_resnet"].example(), None)] * (WARM_UP + 1))
+    name, module = next((n, m) for n, m in local.original.named_modules() if isinstance(m, nn.BatchNorm2d))
+    module.running_mean = module.running_mean.clone()
+    with pytest.raises(InputError, match=f"the memory of {name}.running_mean has changed"):
+        run(zoo.MODELS["small_resnet"].example(), None)
+
+
+@pytest.mark.parametrize("change", ["loss", "optimizer", "data", "dtype", "error weight", "cleared state"])
+def test_after_a_change_a_step_that_is_captured_anew_trains_as_the_step_does(change):
+    states = []
+    for captured in (False, True):
+        step = stepper()
+        trained(captured_step(step) if captured else step, batches(WARM_UP + 1))
+        CHANGES[change][0](step)
+        trained(captured_step(step) if captured else step, batches(WARM_UP + 3))
+        states.append(step.local.state_dict())
+    assert_equal(states[1], states[0])
+
+
+def test_an_optimizer_that_is_replaced_between_steps_is_the_one_that_counts():
+    step = stepper()
+    trained(step, batches(2))
+    step.optimizer = torch.optim.SGD(step.local.parameters(), 0.0)
+    before = {key: value.clone() for key, value in step.local.state_dict().items()}
+    for run in (step, captured_step(step)):
+        trained(run, batches(WARM_UP + 2))
+        assert_equal(step.local.state_dict(), before)
+
+
+def test_what_changes_in_place_counts_in_replays():
+    states = []
+    for captured in (False, True):
+        step = stepper()
+        run = captured_step(step) if captured else step
+        trained(run, batches(WARM_UP + 2))
+        step.local.load_state_dict({key: 0.5 * value for key, value in step.local.state_dict().items()})
+        with torch.no_grad():
+            for state in step.optimizer.state.values():
+                state["momentum_buffer"].zero_()
+        trained(run, batches(3))
+        states.append(step.local.state_dict())
+    assert_equal(states[1], states[0])
+
+
+@pytest.mark.parametrize("target", ["lowered", "batched", "streams"])
+def test_the_memory_of_the_captured_passes_lives_as_long_as_the_captured_step(target):
+    states = []
+    for captured in (False, True):
+        step = stepper(mlp(target=target))
+        run = captured_step(step) if captured else step
+        trained(run, batches(WARM_UP + 1))
+        if captured:
+            step.local.float()  # moves nothing, and forgets what was compiled
+            step.local._last = None
+            step._parts.clear()
+            gc.collect()
+            assert not step.local._cache
+        trained(run, batches(3))
+        states.append(step.local.state_dict())
+    assert_equal(states[1], states[0])
+
+
+def test_a_step_that_replaces_a_tensor_of_its_model_can_not_be_captured():
+    step = stepper()
+    loss = step.loss_fn
+
+    def replacing(out: Tensor, y: Tensor) -> Tensor:
+        if FakeGraph.capturing:
+            moved(step)
+        return loss(out, y)
+
+    step.loss_fn = replacing
+    run = captured_step(step)
+    with pytest.raises(LocalTrainingError, match=r"why: it puts 0\.weight into other memory"):
+        trained(run, batches(WARM_UP + 1))
+
+
+def test_the_fake_graph_writes_where_memory_was_at_the_capture():
+    x = torch.zeros(2)
+    kept = x.data
+    with FakeGraph().capture():
+        x.add_(1)
+    (graph,) = FakeGraph.made
+    x.data = torch.zeros(2)
+    graph.replay()
+    assert kept.tolist() == [1, 1]
+    assert x.tolist() == [0, 0]
+    del kept
+    with pytest.raises(AssertionError, match="memory that was freed"):
+        graph.replay()
 
 
 def test_autocast_that_begins_after_the_capture_is_refused():

@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
     frozenset(
         {
+            "addresses",
             "arguments",
             "autocast",
             "capture",

@@ -107,6 +107,16 @@ def test_auto_lowers_from_the_second_call_with_the_same_shapes_on():
     assert len(local.compiled.execution._passes) == MANY_SHAPES
 
 
+def test_empty_batches_and_inputs_that_want_gradients_take_no_place_among_the_shapes():
+    local = graphlocal.compile(nn.Linear(4, 2), example_inputs=torch.randn(8, 4), rule="backprop")
+    for size in range(1, MANY_SHAPES + 2):
+        local(torch.randn(size, 0, 4)).sum().backward()
+        local(torch.randn(size, 4, requires_grad=True)).sum().backward()
+    for _ in range(2):
+        local(torch.randn(8, 4)).sum().backward()
+    assert len(local.compiled.execution._passes) == 1
+
+
 class TwoHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()

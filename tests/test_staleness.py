@@ -16,6 +16,8 @@ import graphlocal
 import zoo
 from graphlocal import overlap
 from graphlocal.errors import InputError
+from graphlocal.targets.accesses import root_of
+from graphlocal.targets.overlap import _named
 
 __all__ = ["small_pieces", "traced"]  # fixtures
 
@@ -140,9 +142,19 @@ def test_a_staleness_is_refused_where_both_passes_write_one_memory():
     local = graphlocal.compile(SharedStatistics(), example_inputs=x, target="streams")
     step = graphlocal.train_step(local, cross_entropy, torch.optim.SGD(local.parameters(), 0.1))
     losses = []
-    with pytest.raises(InputError, match=r"why: .* what the forward pass writes too \(original.first.bias"):
+    with pytest.raises(InputError, match=r"why: .* what the forward pass writes too \(first.bias, seen\)"):
         losses.extend(step.run([(x, y)] * 4, staleness=1))
     assert len(losses) == 1  # the first batch, which is always trained on by itself
+
+
+def test_memory_is_named_as_in_the_users_model_and_never_by_an_address():
+    sparse = nn.Module()
+    sparse.register_buffer("mask", torch.eye(2).to_sparse())
+    model, weight = nn.Module(), nn.Linear(2, 2)
+    model.original = nn.Sequential(weight, weight, sparse)
+    both = frozenset({root_of(weight.weight), "original.2.mask"})
+    assert _named(both, (model, model)) == "0.weight, 2.mask"
+    assert _named(frozenset({root_of(torch.zeros(2))}), (model,)) == "a constant of the model"
 
 
 def test_a_staleness_is_refused_for_shapes_that_are_not_lowered(monkeypatch):
