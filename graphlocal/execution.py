@@ -309,7 +309,7 @@ class Run:
 
     outputs: flattened. saved: what the error pass reads; None once it has freed it. autocast: the error pass runs in
     the state that the forward pass ran in. scaled: its updates may overflow, which a gradient scaler looks for.
-    empty: an input has an axis of size 0 that it has not always, as in a batch without samples.
+    empty: an input has an axis of size 0, as in a batch without samples.
     elsewhere: whoever makes this object runs the forward pass, and sets the first two.
     """
 
@@ -317,7 +317,7 @@ class Run:
         self, execution: Execution, passes: Passes, leaves: list[Any], fused: bool, elsewhere: bool = False
     ) -> None:
         self.execution, self.passes, self.fused = execution, passes, fused
-        self.empty = passes.taken is None and execution.holds_no_sample(leaves)  # such batches are not lowered
+        self.empty = passes.taken is None and holds_no_sample(leaves)  # such batches are not lowered
         self.autocast = autocast_now() if amp.is_on() else ()
         self.scaled = any(dtype is torch.float16 for _, dtype in self.autocast) if self.autocast else False
         # A capture is of a loss that steps before it have run with, and may not read the GPU's random state.
