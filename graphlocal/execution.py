@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graphlocal import autocast as amp
+from graphlocal.alike import alike, largest_number
 from graphlocal.arguments import empty_batch, holds_no_sample
 from graphlocal.autocast import Autocast, autocast_now, under
 from graphlocal.capture import is_capturing
@@ -41,9 +42,6 @@ MANY_SHAPES = 8
 
 _RECURRENT = re.compile(r"aten\.(lstm|gru|rnn_tanh|rnn_relu)\.")
 """Whole recurrent layers: one call of a fast kernel, but hundreds of operators once lowered."""
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""The most by which a lowered step may differ from the eager one, relative to the largest entry; else 0.05."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +268,9 @@ class Execution:
         except RuntimeError as error:
             raise NotLowered("the lowered graph does not run", why=str(error).splitlines()[0]) from error
         short = {dtype for _, dtype in autocast}
-        largest = _largest([value for name, value in expected.items() if name.startswith("update")])
+        largest = largest_number([value for name, value in expected.items() if name.startswith("update")])
         for name in expected:
-            if not _alike(expected[name], found[name], short, largest if name.startswith("update") else 0.0):
+            if not alike(expected[name], found[name], short, largest if name.startswith("update") else 0.0):
                 raise NotLowered(
                     f"the lowered graph gives another {name} than the eager one",
                     why="an operator computes something else on tensors without data",
@@ -400,32 +398,3 @@ class _Start:
             torch.cuda.set_rng_state_all(self.random[1])
             saved: list[Any] = passes.forward(*self.leaves)[1]
         return saved
-
-
-def _largest(updates: Sequence[Any]) -> float:
-    """The largest finite number in updates."""
-    dense = [u for u in updates if isinstance(u, Tensor) and u.numel() and not u.is_sparse]
-    return max((float(u.nan_to_num(0.0, 0.0, 0.0).abs().max()) for u in dense), default=0.0)
-
-
-def _alike(expected: Any, found: Any, short: set[torch.dtype], largest: float) -> bool:
-    """Whether two tensors are equal within `TOLERANCE`.
-
-    short: the dtypes of autocast, which counts as if all had them. In short dtypes, an update may also differ by what
-    the `largest` one rounds by: it may be a sum of numbers that cancel.
-    """
-    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
-        return (expected is None) == (found is None)
-    if expected.shape != found.shape or expected.dtype != found.dtype or expected.layout != found.layout:
-        return False
-    if expected.layout is not torch.strided:
-        expected, found = expected.to_dense(), found.to_dense()
-    if not expected.is_floating_point() or not expected.numel():
-        return torch.equal(expected, found)
-    if not bool(expected.isfinite().all()):
-        return torch.equal(expected.isfinite(), found.isfinite())
-    short = short or {expected.dtype} - TOLERANCE.keys()
-    scale = (0.05 if short else TOLERANCE[expected.dtype]) * float(expected.abs().max())
-    if short:
-        scale += max(torch.finfo(dtype).eps for dtype in short) * largest
-    return float((expected - found).abs().max()) <= scale
