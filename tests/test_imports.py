@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "addresses",
+            "alike",
             "arguments",
             "autocast",
             "capture",
