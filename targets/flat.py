@@ -141,15 +141,10 @@ def _table(module: nn.Module, target: str) -> dict[str, Any] | None:
 
 
 def _join_linear(graph: fx.Graph, bound: SimpleNamespace) -> None:
-    """`addmm(bias, x, t(weight))` of parameters, and `mm(x, t(weight))`, as `linear`: the same kernels without a view
-    made in Python.
+    """`addmm(bias, x, t(weight))` of parameters as `linear`: the same kernels without a view made in Python.
+
+    `mm(x, t(weight))` stays: in an error pass both are called anyway, and a kernel's first call takes longest.
     """
-    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)):
-        x, transposed = node.args
-        if isinstance(transposed, fx.Node) and transposed.target is torch.ops.aten.t.default:
-            node.target, node.args = torch.ops.aten.linear.default, (x, transposed.args[0])
-            if not transposed.users:
-                graph.erase_node(transposed)
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)):
         bias, x, transposed = node.args
         if node.kwargs or not isinstance(transposed, fx.Node) or transposed.target is not torch.ops.aten.t.default:
