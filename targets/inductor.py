@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from graphlocal.targets.eager import apply_updates
 from graphlocal.targets.fused_updates import with_updates
+from graphlocal.targets.lowered import NotLowered
 from graphlocal.targets.training_graph import TrainingGraph, split, take
 
 Values = dict[fx.Node, Any]
@@ -63,8 +64,11 @@ def compiled_passes(lowered: TrainingGraph) -> tuple[Callable[..., Any], Callabl
     """forward(*leaves), error(saved, errors, retain), and the fused error(saved, errors, apply, retain).
 
     The first calls take from seconds to minutes. Random numbers are those that the same operators draw elsewhere.
+
+    Raises NotLowered for sparse gradients, which inductor does not take.
     """
     forward_graph, error_graph = split(lowered)
+    _require_dense(lowered, _returned(error_graph))
     forward, error = _whole(forward_graph), _whole(error_graph)
     fused_graph = split(with_updates(lowered))[1]
     given, given_fused, pieces = _given(error_graph), _given(fused_graph), _pieces(fused_graph)
@@ -91,6 +95,17 @@ def compiled_passes(lowered: TrainingGraph) -> tuple[Callable[..., Any], Callabl
                 values.pop(node, None)
 
     return run_forward, run_error, run_fused
+
+
+def _require_dense(lowered: TrainingGraph, gradients: Any) -> None:
+    named = zip((*lowered.weights, *lowered.feedback), (*gradients[0], *gradients[1]), strict=True)
+    for name, gradient in named:
+        value = None if gradient is None else gradient.meta.get("val")
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            raise NotLowered(
+                f"the gradient of {name.removeprefix('original.')} is sparse, and inductor takes dense ones only",
+                remedy="make it dense (nn.Embedding(sparse=False)), or choose another target",
+            )
 
 
 def _whole(module: fx.GraphModule) -> _Function:

@@ -281,6 +281,13 @@ def test_sparse_gradients_are_lowered_too(target, rule):
         cross_entropy(local(tokens), labels).backward()
 
 
+def test_inductor_refuses_sparse_gradients():
+    tokens = torch.arange(24).view(6, 4) % 20
+    local = graphlocal.compile(Table(), example_inputs=tokens, target="inductor")
+    with pytest.raises(NotLowered, match=r"gradient of table.weight is sparse.*\n.*sparse=False"):
+        local(tokens)
+
+
 @pytest.mark.parametrize("target", ["eager", "lowered"])
 def test_a_backward_pass_that_failed_half_way_is_not_begun_again(target):
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
