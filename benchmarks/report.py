@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import platform
@@ -159,6 +160,13 @@ def header(shown: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[str]:
 def load() -> str:
     """How busy the machine is, for the notes."""
     return f" Load at the end: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores."
+
+
+def conditions(options: argparse.Namespace) -> str:
+    """What a reader of the times has to know, for the notes; options: `return_memory`, `clock`."""
+    memory = "" if options.return_memory else " Freed memory is kept by the process."
+    clock = "" if options.clock == "wall" else " CPU time of the process, not of the clock."
+    return load() + memory + clock
 
 
 def write(name: str, title: str, command: str, tables: list[str], notes: str = "") -> None:

@@ -216,8 +216,7 @@ def main() -> None:
         "quartiles. The exponent p of time ~ size^p is fitted on logarithms. All models of a table take their steps in "
         "turn in one process; what has no subgraphs was timed once in each round of the last table, for all its rows."
     )
-    notes += report.load() + ("" if options.return_memory else " Freed memory is kept by the process.")
-    notes += "" if options.clock == "wall" else " CPU time of the process, not of the clock."
+    notes += report.conditions(options)
     command = " ".join(["python -m benchmarks.scaling", *sys.argv[1:]])
     report.write(name, "Scaling of a training step", command, [*tables, f"![scaling]({name}.png)"], notes)
 

@@ -198,8 +198,7 @@ def main() -> None:
         'Below 1 is faster. Columns without "fused" call loss.backward() and optimizer.step(), the others '
         'train_step; target="auto" but where it says inductor.'
     )
-    notes += report.load() + ("" if options.return_memory else " Freed memory is kept by the process.")
-    notes += "" if options.clock == "wall" else " CPU time of the process, not of the clock."
+    notes += report.conditions(options)
     command = " ".join(["python -m benchmarks.step_time", *sys.argv[1:]])
     report.write(name, "Step time", command, tables, notes)
 
