@@ -36,6 +36,7 @@ from graphlocal.targets.stacking import ALL, GPU, Stacking
 from graphlocal.targets.streams import streamed
 from graphlocal.targets.telling import telling
 from graphlocal.targets.training_graph import TrainingGraph, split
+from graphlocal.targets.unchanged import Unchanged, unchanged, versions
 
 MANY_SHAPES = 8
 """Shapes of inputs that are lowered; further ones run the eager graph, which takes any batch size."""
@@ -51,7 +52,7 @@ class Passes:
     taken: for which outputs `error` must be given one; None if any will do. lowered: what they were made from, if
     they are fused and for target="streams". updating: the graph of a fused step. casts: autocast's casts are among
     their operators, so it must be off. telling: the places of the weights' updates that hold NaN if any does, where
-    that is known.
+    that is known. unchanged: what the caller must leave as it is until the error pass, where autograd does not look.
     """
 
     forward: Callable[..., Any]
@@ -61,6 +62,7 @@ class Passes:
     updating: TrainingGraph | None = None
     casts: bool = False
     telling: tuple[int, ...] | None = None
+    unchanged: Unchanged | None = None
 
     @cached_property
     def overlap(self) -> Overlap | Alone:
@@ -197,8 +199,13 @@ class Execution:
             return self._lower(leaves, fused, autocast)
         if self.target == "batched" or (self.target == "auto" and not self.compiled.recomputed):
             lowered, plain = self._batched(lowered, plain, leaves, autocast)
-        passes = self._fused(lowered, plain, fused)
-        return replace(passes, casts=bool(autocast), telling=None if fused else telling(split(lowered)[1]))
+        passes = replace(self._fused(lowered, plain, fused), casts=bool(autocast))
+        if fused:
+            return passes
+        held = unchanged(lowered)
+        if self.target == "inductor":  # which may return one result twice
+            held = replace(held, fresh=False)
+        return replace(passes, telling=telling(split(lowered)[1]), unchanged=held)
 
     def _fused(self, lowered: TrainingGraph, plain: Passes, fused: bool) -> Passes:
         if self.target == "inductor":
@@ -328,6 +335,9 @@ class Run:
                 self.outputs, self.saved = passes.forward(*leaves)
         elif not elsewhere:
             self.outputs, self.saved = passes.forward(*leaves)
+        self.unchanged = passes.unchanged
+        self.held = self.unchanged.tensors(leaves, self.outputs) if self.unchanged is not None else []
+        self.versions = versions(self.held)
 
     def error_pass(
         self, errors: Sequence[Tensor | None], *rest: Any, retain: bool = False, labels: tuple[Any, ...] = ()
@@ -337,7 +347,10 @@ class Run:
         labels: those of the batch, for rules with local heads; or the losses of its samples, for rules that need them.
 
         Raises InputError where it fails on an empty batch; its cause is what failed, perhaps the user's optimizer.
+        LocalTrainingError if what it needs was changed in place, where autograd does not look for that.
         """
+        if self.unchanged is not None and versions(self.held) != self.versions:
+            raise self.unchanged.error(self.held, self.versions)
         given = tuple([error is not None for error in errors])
         if self.passes.taken is not None and given != self.passes.taken:
             if self.start is None:
@@ -362,6 +375,7 @@ class Run:
         finally:
             if not retain:
                 self.saved = self.start = None
+                self.held = []
         return result
 
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from graphlocal.arguments import UNSIGNED, Binder, ExampleInputs, with_signature
@@ -20,26 +19,17 @@ from graphlocal.artefact.write import write_model
 from graphlocal.compiler import COMPUTED, Compiled, Options, build, require_schedule
 from graphlocal.errors import GuardFailure, InputError, LocalTrainingError
 from graphlocal.execution import Run, signature
-from graphlocal.finite import require_finite
 from graphlocal.fitting import STEPS
 from graphlocal.ir import LocalGraph
-from graphlocal.norms import UpdateNorms
+from graphlocal.local_step import LocalStep
 from graphlocal.preserve import training_mode, undone_on
+from graphlocal.repeat import Last, Repeat
 from graphlocal.statistics_lag import StatisticsLag
 from graphlocal.targets import exports
 from graphlocal.targets.show import Drawing, draw, write
 from graphlocal.watch import ModelWatch, State
 
 MANY_RECOMPILATIONS = 8
-
-
-class _Last(NamedTuple):
-    """What the compilation of the last forward pass was chosen by."""
-
-    compiled: Compiled
-    spec: pytree.TreeSpec
-    inputs: tuple[Any, ...]
-    model: list[Any]
 
 
 class LocalModule(nn.Module):
@@ -86,7 +76,7 @@ class LocalModule(nn.Module):
         self._binder = binder
         self.__class__ = with_signature(self._own_class, binder.signature)
         self._cache: list[tuple[State, Compiled]] = []
-        self._last: _Last | None = None
+        self._last: Last | None = None  # of the compilation that the cache begins with
         self._recompilations = 0
         self._lag = StatisticsLag(self.original)
         self._watch = ModelWatch(self.original)
@@ -188,7 +178,14 @@ class LocalModule(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(LocalModule.forward)(self, *args, **kwargs)
         leaves, spec = self._binder.flatten(args, kwargs)
-        found = self._run_again(leaves, spec, fused=False)
+        last = self._last
+        if last is not None and not last.fits(leaves, spec):
+            last = None
+        if last is not None and last.repeat is not None:
+            output = last.repeat.forward(leaves)
+            if output is not None:
+                return output
+        found = self._run_again(last, leaves, fused=False)
         if found is None:
             self._look_for_changes()
             if not any(p.requires_grad for p in self._watch.weights):  # nothing learns
@@ -197,18 +194,18 @@ class LocalModule(nn.Module):
                 require_schedule(self.options.rule)
             found = self._run_first(leaves, spec, fused=False)
         compiled, run = found
+        if last is not None and not self._lag.present and Repeat.can(compiled, run):
+            last.repeat = Repeat(self, compiled, run)
         return self._unflatten(compiled, LocalStep(self, compiled, run, leaves).attach())
 
     def _forward_pass(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Run]:
         """Run all subgraphs of the compilation that fits the call and its data."""
-        return self._run_again(leaves, spec, fused=fused) or self._run_first(leaves, spec, fused=fused)
+        last = self._last if self._last is not None and self._last.fits(leaves, spec) else None
+        return self._run_again(last, leaves, fused=fused) or self._run_first(leaves, spec, fused=fused)
 
-    def _run_again(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Run] | None:
-        """The same, at little cost, if all is as it was in the last call; else None."""
-        last = self._last
-        if last is None or last.spec is not spec or not self._cache or last.compiled is not self._cache[0][1]:
-            return None
-        if last.inputs != signature(leaves) or last.model != self._watch.looks():
+    def _run_again(self, last: Last | None, leaves: list[Any], *, fused: bool) -> tuple[Compiled, Run] | None:
+        """The same as in the `last` call, without another look; None if there was none like it."""
+        if last is None:
             return None
         if not self._lag.due():
             return last.compiled, last.compiled.execution.run(leaves, fused, last.inputs)
@@ -220,7 +217,7 @@ class LocalModule(nn.Module):
         known = signature(leaves)
         run: tuple[Compiled, Run] = self._run_fitting(leaves, spec, lambda c: c.execution.run(leaves, fused, known))
         repeats = self.options.rule.calibration is None and not run[0].guarded and None not in known
-        self._last = _Last(run[0], spec, known, self._watch.looks()) if repeats else None
+        self._last = Last(run[0], spec, known, self._watch) if repeats else None
         return run
 
     def _run_fitting(
@@ -247,9 +244,14 @@ class LocalModule(nn.Module):
     def _look_for_changes(self) -> None:
         """Forget what was compiled if a layer or a parameter was replaced."""
         if self._watch.replaced():
-            self._cache.clear()
+            self._forget()
             self._watch.renew()
             self._lag.look()
+
+    def _forget(self) -> None:
+        """Forget all compilations."""
+        self._cache.clear()
+        self._last = None
 
     def _calibration_is_due(self) -> bool:
         """Whether this step is a calibration; counts it."""
@@ -275,6 +277,7 @@ class LocalModule(nn.Module):
                     if entry is not self._cache[0]:
                         self._cache.remove(entry)
                         self._cache.insert(0, entry)
+                        self._last = None
                     yield compiled
                 else:
                     dynamic |= sizes | compiled.traced.dynamic if sizes else set()
@@ -303,6 +306,7 @@ class LocalModule(nn.Module):
 
     def _remember(self, compiled: Compiled) -> None:
         self._cache.insert(0, (self._watch.state(), compiled))
+        self._last = None
 
     def _unflatten(self, compiled: Compiled, flat: Sequence[Any]) -> Any:
         if compiled.returns_one:
@@ -335,7 +339,7 @@ class LocalModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LocalModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._cache.clear()  # devices and dtypes are written into the graph
+        self._forget()  # devices and dtypes are written into the graph
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -351,109 +355,3 @@ class LocalModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rule={self.options.rule}"
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-class LocalStep:
-    """The error pass that answers one forward pass."""
-
-    def __init__(self, local: LocalModule, compiled: Compiled, run: Run, leaves: list[Any]) -> None:
-        self.local, self.compiled, self.run = local, compiled, run
-        self.labels: tuple[Any] | None = None
-        self.inputs = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-        self.taken = compiled.taken if self.inputs else compiled.differentiable
-        if self.inputs:
-            _refuse_lost_input_gradients(compiled, leaves)
-        self.training = compiled.training
-        self.targets: list[Tensor] = [*compiled.weights]
-        self.targets += [local.get_parameter(name) for name in self.training.feedback]
-        self.targets += [leaves[i] for i in self.inputs]
-
-    def attach(self) -> Sequence[Any]:
-        """The outputs; the differentiable ones come with the local updates as their `grad_fn`."""
-        outputs, targets = self.run.outputs, self.targets
-        del self.run.outputs, self.targets
-        taken = self.taken
-        self.outputs = tuple([x.detach() for x, differentiable in zip(outputs, taken, strict=True) if differentiable])
-        transformed = torch._C._are_functorch_transforms_active()
-        attached: tuple[Any, ...]
-        attached = (_LocalUpdates.apply if transformed else _apply_untransformed)(self, *targets)
-        if len(attached) == len(outputs):
-            return attached
-        rest = iter(attached)
-        return [
-            next(rest) if differentiable else _detached(v) for v, differentiable in zip(outputs, taken, strict=True)
-        ]
-
-    def backward(self, errors: Sequence[Tensor | None], retain: bool) -> tuple[Tensor | None, ...]:
-        """The gradients of `_LocalUpdates`' arguments: none of this object, then those of its `targets`."""
-        if self.run.saved is None:
-            raise LocalTrainingError(
-                "backward was called a second time, but the first call freed what it needs",
-                remedy="call the first backward with retain_graph=True",
-            )
-        aligned = errors
-        if len(errors) < len(self.taken):
-            given = iter(errors)
-            aligned = tuple(next(given) if taken else None for taken in self.taken)
-        rule = self.local.options.rule
-        if rule.needs_labels and self.labels is None:
-            self.labels, self.local.labels = (self.local.labels,), None
-        if rule.needs_losses and self.labels is None:
-            self.labels, self.local.losses = (self.local.losses,), None
-        weights, feedback, inputs = self.run.error_pass(aligned, retain=retain, labels=self.labels or ())
-        if self.local.check_finite and not self.run.scaled and not self.run.passes.are_numbers(weights):
-            norms = UpdateNorms()
-            norms.add(self.training.weights, weights)
-            require_finite(self.compiled, aligned, norms, self.run.empty)
-        return (None, *weights, *feedback, *[inputs[i] for i in self.inputs])
-
-
-class _LocalUpdates(torch.autograd.Function):
-    """The one node of autograd's graph: from the outputs' gradients to the parameters', by local updates."""
-
-    @staticmethod
-    def forward(ctx: Any, step: LocalStep, *targets: Tensor) -> tuple[Tensor, ...]:
-        ctx.step = step
-        ctx.set_materialize_grads(False)
-        outputs = step.outputs
-        del step.outputs
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
-        run: Any = _backward_once if torch.is_grad_enabled() else _backward
-        if torch.compiler.is_dynamo_compiling():
-            run = torch.compiler.disable(run)
-        found: tuple[Tensor | None, ...] = run(ctx, *errors)
-        return found
-
-
-def _backward(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
-    found: tuple[Tensor | None, ...] = ctx.step.backward(errors, bool(_keeps_graph and _keeps_graph()))
-    return found
-
-
-_keeps_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-_backward_once = once_differentiable(_backward)
-"""For `create_graph=True`."""
-
-_apply_untransformed: Any = super(torch.autograd.Function, _LocalUpdates).apply
-"""`_LocalUpdates.apply` without what it does for torch.func's transforms in Python."""
-
-
-def _refuse_lost_input_gradients(compiled: Compiled, leaves: list[Any]) -> None:
-    graph = compiled.graph
-    for item, leaf in zip(graph.inputs, leaves, strict=True):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            for reader in graph.readers.get(item.name, ()):
-                if reader.name not in graph.neuron:
-                    raise InputError(
-                        f"the input {item.name!r} requires a gradient, but none would reach it",
-                        where=f"subgraph {reader.name}",
-                        why="that subgraph trains nothing, so it has no error neuron to send one",
-                        remedy="detach the input, or unfreeze the subgraph's parameters",
-                    )

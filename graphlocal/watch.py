@@ -14,6 +14,7 @@ State = tuple[torch.device, torch.dtype, list[bool], list[bool]]
 
 _PLACE = attrgetter("device", "dtype")
 _MODE, _LEARNS = attrgetter("training"), attrgetter("requires_grad")
+_VALUES = dict[str, Any].values
 
 
 class ModelWatch:
@@ -27,6 +28,7 @@ class ModelWatch:
         """Take note of the modules and parameters that the model has now."""
         self.modules = list(self.model.modules())
         self.weights = list(self.model.parameters())
+        self._first = self.weights[:1]
         users = [m for m in self.modules if not _is_torchs(m)]
         all_matter = any(map(_reads_mode, users))  # they may ask for that of another module
         self._with_modes = [m for m in self.modules if all_matter or not _is_torchs(m) or _reads_mode(m)]
@@ -46,14 +48,14 @@ class ModelWatch:
 
     def looks(self) -> list[Any]:
         """Structure and state in one list, which is quickly made and compared; without modes that change nothing."""
-        first = self.weights[:1]
         return [
-            *map(_PLACE, first), *map(_MODE, self._with_modes), *map(_LEARNS, self.weights), *self._identities()
+            *map(_PLACE, self._first), *map(_MODE, self._with_modes), *map(_LEARNS, self.weights),
+            *map(id, chain.from_iterable(map(_VALUES, self._dicts))),
         ]  # fmt: skip
 
     def _identities(self) -> list[int]:
         """Of every submodule and parameter, in order."""
-        return list(map(id, chain.from_iterable(map(dict.values, self._dicts))))
+        return list(map(id, chain.from_iterable(map(_VALUES, self._dicts))))
 
 
 def _is_torchs(module: nn.Module) -> bool:

@@ -75,8 +75,14 @@ def _access(node: fx.Node, known: dict[fx.Node, Access], training: TrainingGraph
     written = _written(node, known)
     if _draws(node):
         written |= {RANDOM}
-    shares = node.target in VIEWS or any(r.alias_info is not None for r in node.target._schema.returns)
-    return Access(read, frozenset(written), read if shares else own)
+    return Access(read, frozenset(written), read if shares_memory(node) else own)
+
+
+def shares_memory(node: fx.Node) -> bool:
+    """Whether a call may return memory of its arguments."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return node.target in VIEWS or any(r.alias_info is not None for r in node.target._schema.returns)
 
 
 def _draws(node: fx.Node) -> bool:

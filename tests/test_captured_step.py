@@ -426,7 +426,6 @@ def test_the_memory_of_the_captured_passes_lives_as_long_as_the_captured_step(ta
         trained(run, batches(WARM_UP + 1))
         if captured:
             step.local.float()  # moves nothing, and forgets what was compiled
-            step.local._last = None
             step._parts.clear()
             gc.collect()
             assert not step.local._cache

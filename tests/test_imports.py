@@ -52,6 +52,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"targets"}),
     frozenset({"execution"}),
     frozenset({"compiler", "finite", "measured", "memory", "step_costs"}),
+    frozenset({"local_step"}),
+    frozenset({"repeat"}),
     frozenset({"artefact"}),
     frozenset({"runtime"}),
     frozenset({"compile", "load", "overlap"}),
