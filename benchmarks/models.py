@@ -132,6 +132,8 @@ def _torchvision() -> object:
 
 
 SMALL = (
+    Case("one layer 64-10", lambda: mlp(64, 0, 64), (64,), 32),
+    Case("MLP 64-64-10", lambda: mlp(64, 1, 64), (64,), 32),
     Case("MLP 64-128-128-10", lambda: mlp(128, 2, 64), (64,), 32),
     Case("MLP 64×128 (deep, thin)", lambda: mlp(128, 64, 64), (64,), 32),
     Case("MLP 8×1024", lambda: mlp(1024, 8, 784), (784,), 128),

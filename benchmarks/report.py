@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -90,8 +91,10 @@ def in_turn(
 ) -> dict[Name, list[float]]:  # fmt: skip
     """Seconds of each step in each round; a round runs every step in turn, so that a busy machine slows all alike.
 
-    Each is timed right after a step of its own that is not, since that is how models train: the caches hold its own
-    code and weights, not another way's. measure: the seconds of one step, in place of the clock's difference.
+    The order is drawn anew in each round (always the same draws): the first step after another way's large one is
+    slower by some percent. Each is timed right after a step of its own that is not, since that is how models train: the
+    caches hold its own code and weights, not another way's. measure: the seconds of one step, in place of the clock's
+    difference.
     """
 
     def by_the_clock(step: Step, count: int) -> float:
@@ -103,8 +106,11 @@ def in_turn(
 
     times: dict[Name, list[float]] = {name: [] for name in steps}
     count = dict.fromkeys(steps, 1)
+    order, drawn = list(steps), random.Random(0)
     for i in range(rounds + WARM_UP):
-        for name, step in steps.items():
+        drawn.shuffle(order)
+        for name in order:
+            step = steps[name]
             seconds = measure(step) if measure else by_the_clock(step, count[name])
             if i >= WARM_UP:
                 times[name].append(seconds)

@@ -51,6 +51,7 @@ class LocalStep:
         self.targets: list[Tensor] = [*compiled.weights]
         self.targets += [owner.get_parameter(name) for name in compiled.training.feedback]
         self.targets += [leaves[i] for i in self.inputs]
+        self.count = len(self.targets)
 
     def attach(self) -> Sequence[Any]:
         """The outputs; the differentiable ones come with the local updates as their `grad_fn`."""
@@ -70,6 +71,8 @@ class LocalStep:
     def backward(self, errors: Gradients, retain: bool) -> Gradients:
         if self.run.saved is None:
             raise freed()
+        if all(error is None for error in errors):  # the loss sends none back
+            return (None,) * self.count
         aligned = errors
         if len(errors) < len(self.taken):
             given = iter(errors)

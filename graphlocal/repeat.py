@@ -82,6 +82,8 @@ class _Repeated:
         of, saved = self.of, self.saved
         if saved is None:
             raise freed()
+        if errors[0] is None:
+            return (None,) * len(of.targets)
         if versions(self.held) != self.versions:
             raise of.unchanged.error(self.held, self.versions)
         if not retain:

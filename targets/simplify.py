@@ -21,7 +21,9 @@ VIEWS = {
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Take out, in place: detaching; a transposition of a transposition; the same view twice; what nobody reads."""
+    """Take out, in place: detaching; a transposition of a transposition; a cast to a wider dtype and back; the same
+    view twice; what nobody reads.
+    """
     known: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -54,12 +56,34 @@ def _sum_without_the_axis(view: fx.Node) -> None:
 
 
 def _undoes_its_argument(node: fx.Node) -> bool:
-    if node.target not in (aten.t.default, aten.transpose.int):
+    if node.target not in (aten.t.default, aten.transpose.int, aten._to_copy.default):
         return False
     inner = node.args[0]
     if not isinstance(inner, fx.Node) or inner.target is not node.target:
         return False
+    if node.target is aten._to_copy.default:
+        return _keeps_every_number(inner) and _lies_alike(node, inner.args[0])
     return sorted(map(str, node.args[1:])) == sorted(map(str, inner.args[1:]))
+
+
+def _keeps_every_number(cast: fx.Node) -> bool:
+    """Whether a cast is to a dtype that has all numbers of the one before."""
+    before, after = value_of(cast.args[0]), value_of(cast)
+    return before is not None and after is not None and torch.promote_types(before.dtype, after.dtype) is after.dtype
+
+
+def _lies_alike(node: fx.Node, other: Any) -> bool:
+    """Whether two values have one dtype, device and layout in memory."""
+    a, b = value_of(node), value_of(other)
+    if a is None or b is None or a.layout is not torch.strided or b.layout is not torch.strided:
+        return False
+    return (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
+
+
+def value_of(node: Any) -> torch.Tensor | None:
+    """The tensor without data that was recorded for a node, if it was."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _replace(node: fx.Node, by: Any) -> None:
