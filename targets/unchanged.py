@@ -6,17 +6,21 @@ they look themselves, at the versions of what the error pass reads and the calle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from graphlocal.errors import LocalTrainingError
 from graphlocal.targets.accesses import shares_memory
 from graphlocal.targets.lowered import attribute
-from graphlocal.targets.training_graph import TrainingGraph, split
+from graphlocal.targets.training_graph import TrainingGraph, split, take
+
+aten = torch.ops.aten
 
 _VERSION = attrgetter("_version")
 
@@ -63,28 +67,64 @@ def versions(tensors: list[Tensor]) -> list[int]:
 def unchanged(lowered: TrainingGraph) -> Unchanged:
     """What the error pass of a lowered training graph needs as it was."""
     forward, error = split(lowered)
-    memory: dict[fx.Node, frozenset[fx.Node]] = {}
-    for node in forward.graph.nodes:
-        new = node.op != "call_function" or not shares_memory(node)
-        memory[node] = frozenset({node}) if new else frozenset().union(*map(memory.__getitem__, node.all_input_nodes))
-    returned: Any = forward.graph.output_node().args[0]
-    outputs, saved = returned
-    kept: frozenset[fx.Node] = frozenset().union(*map(memory.__getitem__, saved))
+    memory = _memory(forward)
     given = [node for node in forward.graph.nodes if node.op == "placeholder"]
+    outputs, saved = _returned(forward)
     returns = [memory[z] if isinstance(z, fx.Node) else frozenset[fx.Node]() for z in outputs]
+    kept = _union(memory[saved[i]] for i in _read(error))
     inputs = [i for i, node in enumerate(given) if node in kept and isinstance(node.meta.get("val"), Tensor)]
     again = [i for i, roots in enumerate(returns) if roots & kept and roots.isdisjoint(given)]
-    read = {str(node.target) for node in error.graph.find_nodes(op="get_attr")}
-    read |= {str(node.target) for node in kept if node.op == "get_attr"}
-    states = {name: attribute(lowered.module, name) for name in sorted(read)}
-    weights = {name: state for name, state in states.items() if isinstance(state, nn.Parameter)}
+    weights = _parameters(lowered, [*error.graph.nodes, *kept])
     names = [f"the input {given[i].name!r}" for i in inputs]
     names += ["the output" if len(outputs) == 1 else f"output {i}" for i in again]
     names += [f"the parameter {name.removeprefix('original.')!r}" for name in weights]
-    fresh = not any(root in kept or root.op != "call_function" for roots in returns for root in roots)
-    return Unchanged(tuple(inputs), tuple(again), list(weights.values()), tuple(names), fresh and _apart(returns))
+    own = {node for node in memory if node.op == "call_function"} - _union(map(memory.__getitem__, saved))
+    fresh = all(roots <= own for roots in returns) and sum(map(len, returns)) == len(_union(returns))
+    return Unchanged(tuple(inputs), tuple(again), list(weights.values()), tuple(names), fresh)
 
 
-def _apart(memory: Sequence[frozenset[fx.Node]]) -> bool:
-    """Whether no two outputs share memory."""
-    return sum(map(len, memory)) == len(frozenset().union(*memory))
+def _memory(forward: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
+    """For each node the nodes in whose memory its value may lie."""
+    memory: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in forward.graph.nodes:
+        shared = () if _has_its_own(node) else node.all_input_nodes
+        memory[node] = _union(map(memory.__getitem__, shared)) if shared else frozenset({node})
+    return memory
+
+
+def _has_its_own(node: fx.Node) -> bool:
+    """Whether a node's value lies in memory that no other node's does, but for views of it."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return not isinstance(source, fx.Node) or source.op != "call_function" or not shares_memory(source)
+
+
+def _returned(forward: fx.GraphModule) -> tuple[Sequence[Any], Sequence[fx.Node]]:
+    """The outputs, and the values saved for the error pass."""
+    returned: Any = forward.graph.output_node().args[0]
+    outputs, saved = returned
+    return outputs, saved
+
+
+def _parameters(lowered: TrainingGraph, nodes: Sequence[fx.Node]) -> dict[str, Tensor]:
+    """The parameters among the states that some of the nodes look up."""
+    names = sorted({str(node.target) for node in nodes if node.op == "get_attr"})
+    states = {name: attribute(lowered.module, name) for name in names}
+    return {name: state for name, state in states.items() if isinstance(state, nn.Parameter)}
+
+
+def _union(sets: Iterable[frozenset[fx.Node]]) -> frozenset[fx.Node]:
+    return frozenset[fx.Node]().union(*sets)
+
+
+_SHAPES_ALONE = {
+    aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    aten.new_empty.default, aten.new_empty_strided.default, aten.new_zeros.default, aten.new_ones.default,
+    aten.new_full.default,
+}  # fmt: skip
+"""Operators that read of their first argument no number."""
+
+
+def _read(error: fx.GraphModule) -> list[int]:
+    """The places in `saved` of the values whose numbers an error pass reads."""
+    takes: list[Any] = error.graph.find_nodes(op="call_function", target=take)
+    return [node.args[1] for node in takes if any(user.target not in _SHAPES_ALONE for user in node.users)]

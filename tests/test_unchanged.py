@@ -49,6 +49,29 @@ class Itself(nn.Module):
         return self.last(x), x
 
 
+class Loss(nn.Module):
+    """Returns its own loss, which transformers' Trainer scales in place; no backward pass reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.last(x)
+        return nn.functional.cross_entropy(scores, scores.argmax(1)), scores
+
+
+class Parts(nn.Module):
+    """Its outputs are parts of one tensor, which tanh's backward pass needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.tanh(self.last(x)).unsafe_split(2, 1)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)),
     "tanh": lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4), nn.Tanh()),
@@ -56,6 +79,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "viewed": Viewed,
     "two": Two,
     "itself": Itself,
+    "loss": Loss,
+    "parts": Parts,
 }
 
 
