@@ -314,7 +314,8 @@ class Run:
 
     outputs: flattened. saved: what the error pass reads; None once it has freed it. autocast: the error pass runs in
     the state that the forward pass ran in. scaled: its updates may overflow, which a gradient scaler looks for.
-    empty: an input has an axis of size 0, as in a batch without samples.
+    empty: an input has an axis of size 0, as in a batch without samples. held: what the caller must leave as it is, at
+    its versions after the forward pass; unchanged: which those are, None where autograd looks.
     elsewhere: whoever makes this object runs the forward pass, and sets the first two.
     """
 

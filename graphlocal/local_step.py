@@ -71,8 +71,6 @@ class LocalStep:
     def backward(self, errors: Gradients, retain: bool) -> Gradients:
         if self.run.saved is None:
             raise freed()
-        if all(error is None for error in errors):  # the loss sends none back
-            return (None,) * self.count
         aligned = errors
         if len(errors) < len(self.taken):
             given = iter(errors)
@@ -82,6 +80,8 @@ class LocalStep:
             self.labels, self.owner.labels = (self.owner.labels,), None
         if rule.needs_losses and self.labels is None:
             self.labels, self.owner.losses = (self.owner.losses,), None
+        if all(error is None for error in errors):  # the loss sends none back
+            return (None,) * self.count
         weights, feedback, inputs = self.run.error_pass(aligned, retain=retain, labels=self.labels or ())
         if self.owner.check_finite and not self.run.scaled and not self.run.passes.are_numbers(weights):
             require_numbers(self.compiled, aligned, weights, self.run.empty)

@@ -38,11 +38,11 @@ class Last:
 class Repeat:
     """The drop-in step of a model with one output, by a lowered graph for the same shapes and autocast."""
 
-    def __init__(self, owner: Owner, compiled: Compiled, run: Run) -> None:
+    def __init__(self, compiled: Compiled, run: Run) -> None:
         assert run.unchanged is not None
-        self.owner, self.compiled, self.passes, self.unchanged = owner, compiled, run.passes, run.unchanged
-        self.autocast, self.checks = run.autocast, not run.scaled
-        self.targets = [*compiled.weights, *(owner.get_parameter(name) for name in compiled.training.feedback)]
+        self.compiled, self.passes, self.unchanged = compiled, run.passes, run.unchanged
+        self.autocast, self.looks_for_nan = run.autocast, not run.scaled
+        self.weights, self.maps = compiled.weights, compiled.training.feedback
 
     @staticmethod
     def can(compiled: Compiled, run: Run) -> bool:
@@ -51,48 +51,48 @@ class Repeat:
         lowered = passes.taken == (True,) and passes.unchanged is not None
         return lowered and compiled.returns_one and passes.casts == bool(run.autocast)
 
-    def forward(self, leaves: Sequence[Any]) -> Tensor | None:
+    def forward(self, owner: Owner, leaves: Sequence[Any]) -> Tensor | None:
         """The output, with the local updates as its `grad_fn`; None if autocast is not as it was."""
         if not amp.is_on():
             if self.autocast:
                 return None
             outputs, saved = self.passes.forward(*leaves)
         else:
-            if amp.autocast_now() != self.autocast:
+            if not self.autocast or amp.autocast_now() != self.autocast:
                 return None
             torch.clear_autocast_cache()  # of the weights that the last step changed
             with amp.off():
                 outputs, saved = self.passes.forward(*leaves)
-        step = _Repeated(self, saved, self.unchanged.tensors(leaves, outputs))
+        step = _Repeated(self, owner, saved, self.unchanged.tensors(leaves, outputs))
         if not self.unchanged.fresh:
             outputs = (outputs[0].detach(),)
-        return attached(step, outputs, self.targets)[0]
+        return attached(step, outputs, [*self.weights, *map(owner.get_parameter, self.maps)])[0]
 
 
 class _Repeated:
     """The error pass that answers one forward pass of a `Repeat`."""
 
-    __slots__ = ("held", "of", "saved", "versions")
+    __slots__ = ("held", "owner", "repeat", "saved", "versions")
 
-    def __init__(self, of: Repeat, saved: list[Any], held: list[Tensor]) -> None:
-        self.of, self.held, self.versions = of, held, versions(held)
+    def __init__(self, repeat: Repeat, owner: Owner, saved: list[Any], held: list[Tensor]) -> None:
+        self.repeat, self.owner, self.held, self.versions = repeat, owner, held, versions(held)
         self.saved: list[Any] | None = saved
 
     def backward(self, errors: Gradients, retain: bool) -> Gradients:
-        of, saved = self.of, self.saved
+        repeat, saved = self.repeat, self.saved
         if saved is None:
             raise freed()
         if errors[0] is None:
-            return (None,) * len(of.targets)
+            return (None,) * (len(repeat.weights) + len(repeat.maps))
         if versions(self.held) != self.versions:
-            raise of.unchanged.error(self.held, self.versions)
+            raise repeat.unchanged.error(self.held, self.versions)
         if not retain:
             self.saved, self.held = None, []
         if amp.is_on():
             with amp.off():
-                weights, feedback, _ = of.passes.error(saved, errors, retain)
+                weights, feedback, _ = repeat.passes.error(saved, errors, retain)
         else:
-            weights, feedback, _ = of.passes.error(saved, errors, retain)
-        if of.checks and of.owner.check_finite and not of.passes.are_numbers(weights):
-            require_numbers(of.compiled, errors, weights)
+            weights, feedback, _ = repeat.passes.error(saved, errors, retain)
+        if repeat.looks_for_nan and self.owner.check_finite and not repeat.passes.are_numbers(weights):
+            require_numbers(repeat.compiled, errors, weights)
         return (*weights, *feedback)

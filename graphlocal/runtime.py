@@ -182,7 +182,7 @@ class LocalModule(nn.Module):
         if last is not None and not last.fits(leaves, spec):
             last = None
         if last is not None and last.repeat is not None:
-            output = last.repeat.forward(leaves)
+            output = last.repeat.forward(self, leaves)
             if output is not None:
                 return output
         found = self._run_again(last, leaves, fused=False)
@@ -195,7 +195,7 @@ class LocalModule(nn.Module):
             found = self._run_first(leaves, spec, fused=False)
         compiled, run = found
         if last is not None and not self._lag.present and Repeat.can(compiled, run):
-            last.repeat = Repeat(self, compiled, run)
+            last.repeat = Repeat(compiled, run)
         return self._unflatten(compiled, LocalStep(self, compiled, run, leaves).attach())
 
     def _forward_pass(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Run]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -35,11 +36,11 @@ class ModelWatch:
         self._dicts: list[dict[str, Any]] = [
             d for m in self.modules for d in (m._modules, m._parameters) if d or not _is_torchs(m) or _holds(m)
         ]
-        self.structure = self._identities()
+        self.structure = list(self._identities())
 
     def replaced(self) -> bool:
         """Whether a module or a parameter is another one than it was."""
-        return self._identities() != self.structure
+        return list(self._identities()) != self.structure
 
     def state(self) -> State:
         """What a compilation is chosen by, as long as nothing is replaced."""
@@ -49,13 +50,12 @@ class ModelWatch:
     def looks(self) -> list[Any]:
         """Structure and state in one list, which is quickly made and compared; without modes that change nothing."""
         return [
-            *map(_PLACE, self._first), *map(_MODE, self._with_modes), *map(_LEARNS, self.weights),
-            *map(id, chain.from_iterable(map(_VALUES, self._dicts))),
+            *map(_PLACE, self._first), *map(_MODE, self._with_modes), *map(_LEARNS, self.weights), *self._identities()
         ]  # fmt: skip
 
-    def _identities(self) -> list[int]:
+    def _identities(self) -> Iterator[int]:
         """Of every submodule and parameter, in order."""
-        return list(map(id, chain.from_iterable(map(_VALUES, self._dicts))))
+        return map(id, chain.from_iterable(map(_VALUES, self._dicts)))
 
 
 def _is_torchs(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphlocal.targets.reuse import reuse
+from graphlocal.targets.reuse import NEW, reuse
 from graphlocal.targets.scratch import Scratch, lend
 from graphlocal.targets.simplify import value_of
 from graphlocal.targets.training_graph import release, take
@@ -202,6 +202,8 @@ def _cast_by_method(graph: fx.Graph) -> None:
         if before is None or after is None or before.dtype is after.dtype or after.dtype not in _CASTS:
             continue
         kept = {"dtype": after.dtype, "layout": before.layout, "device": before.device, "pin_memory": False}
+        if any(user.target in NEW and user.args[0] is node for user in node.users):
+            continue  # a method returns its tensor where a state has the dtype already, and that is not to be written
         if all(key in kept and value == kept[key] for key, value in node.kwargs.items() if value is not None):
             node.target, node.args, node.kwargs = _CASTS[after.dtype], node.args[:1], {}
 

@@ -21,16 +21,17 @@ VIEWS = {
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Take out, in place: detaching; a transposition of a transposition; a cast to a wider dtype and back; the same
-    view twice; what nobody reads.
+    """Take out, in place: detaching; a transposition of a transposition; a cast to wider floats and back that nobody
+    needs as a copy; the same view twice; what nobody reads.
     """
     known: dict[Any, fx.Node] = {}
+    fixed = _returned_or_written(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target in _SAME:
             _replace(node, node.args[0])
-        elif _undoes_its_argument(node):
+        elif _undoes_its_argument(node) or _is_round_trip(node, fixed):
             _replace(node, node.args[0].args[0])
         elif node.target in VIEWS:
             key = (node.target, hashable(node.args), hashable(tuple(sorted(node.kwargs.items()))))
@@ -56,20 +57,48 @@ def _sum_without_the_axis(view: fx.Node) -> None:
 
 
 def _undoes_its_argument(node: fx.Node) -> bool:
-    if node.target not in (aten.t.default, aten.transpose.int, aten._to_copy.default):
+    if node.target not in (aten.t.default, aten.transpose.int):
         return False
     inner = node.args[0]
     if not isinstance(inner, fx.Node) or inner.target is not node.target:
         return False
-    if node.target is aten._to_copy.default:
-        return _keeps_every_number(inner) and _lies_alike(node, inner.args[0])
     return sorted(map(str, node.args[1:])) == sorted(map(str, inner.args[1:]))
 
 
-def _keeps_every_number(cast: fx.Node) -> bool:
-    """Whether a cast is to a dtype that has all numbers of the one before."""
-    before, after = value_of(cast.args[0]), value_of(cast)
-    return before is not None and after is not None and torch.promote_types(before.dtype, after.dtype) is after.dtype
+_WIDER = {
+    torch.bfloat16: (torch.float32, torch.float64), torch.float16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}  # fmt: skip
+"""The dtypes that have every number of another one."""
+
+
+def _is_round_trip(node: fx.Node, fixed: set[Any]) -> bool:
+    """Whether a node casts back what was cast to a wider dtype, and is no copy of what is returned or written."""
+    inner = node.args[0] if node.target is aten._to_copy.default else None
+    if not isinstance(inner, fx.Node) or inner.target is not aten._to_copy.default:
+        return False
+    source = base(inner.args[0])
+    before, between = value_of(inner.args[0]), value_of(inner)
+    if before is None or between is None or between.dtype not in _WIDER.get(before.dtype, ()):
+        return False
+    own = isinstance(source, fx.Node) and source.op == "call_function" and source not in fixed and node not in fixed
+    return own and _lies_alike(node, inner.args[0])
+
+
+def _returned_or_written(graph: fx.Graph) -> set[Any]:
+    """What the results of a graph, and what it changes in place, are views of."""
+    found = set(map(base, graph.output_node().all_input_nodes))
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            found |= set(map(base, node.all_input_nodes))
+    return found
+
+
+def base(value: Any) -> Any:
+    """What a value is a view of."""
+    while isinstance(value, fx.Node) and (value.target in VIEWS or value.target in _SAME):
+        value = value.args[0]
+    return value
 
 
 def _lies_alike(node: fx.Node, other: Any) -> bool:

@@ -27,14 +27,15 @@ _VERSION = attrgetter("_version")
 
 @dataclass(frozen=True)
 class Unchanged:
-    """inputs, outputs: places of those that the error pass reads; weights: the parameters. names: of all of them.
+    """inputs, outputs: places of those that the error pass reads; states: parameters and buffers of the model that it
+    reads. names: of all of them.
 
-    fresh: no output lies in memory that is also an input's, a parameter's, or saved for the error pass.
+    fresh: there is one output, no view, and nothing else lies in its memory.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    weights: list[Tensor]
+    states: list[Tensor]
     names: tuple[str, ...]
     fresh: bool
 
@@ -43,7 +44,7 @@ class Unchanged:
         held = [leaves[i] for i in self.inputs]
         if self.outputs:
             held += [outputs[i] for i in self.outputs]
-        return held + self.weights if self.weights else held
+        return held + self.states if self.states else held
 
     def error(self, tensors: list[Tensor], before: list[int]) -> LocalTrainingError:
         """What to raise where the versions of a call's tensors are no longer those of `before`."""
@@ -57,11 +58,11 @@ class Unchanged:
 
 
 def versions(tensors: list[Tensor]) -> list[int]:
-    """How often each tensor was changed in place; of none if one is an inference tensor, which does not count."""
+    """How often each tensor was changed in place; always 0 of inference tensors, which do not count."""
     try:
         return list(map(_VERSION, tensors))
     except RuntimeError:
-        return []
+        return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def unchanged(lowered: TrainingGraph) -> Unchanged:
@@ -74,13 +75,19 @@ def unchanged(lowered: TrainingGraph) -> Unchanged:
     kept = _union(memory[saved[i]] for i in _read(error))
     inputs = [i for i, node in enumerate(given) if node in kept and isinstance(node.meta.get("val"), Tensor)]
     again = [i for i, roots in enumerate(returns) if roots & kept and roots.isdisjoint(given)]
-    weights = _parameters(lowered, [*error.graph.nodes, *kept])
+    states = _states(lowered, [*error.graph.nodes, *kept])
     names = [f"the input {given[i].name!r}" for i in inputs]
     names += ["the output" if len(outputs) == 1 else f"output {i}" for i in again]
-    names += [f"the parameter {name.removeprefix('original.')!r}" for name in weights]
-    own = {node for node in memory if node.op == "call_function"} - _union(map(memory.__getitem__, saved))
-    fresh = all(roots <= own for roots in returns) and sum(map(len, returns)) == len(_union(returns))
-    return Unchanged(tuple(inputs), tuple(again), list(weights.values()), tuple(names), fresh)
+    for name, state in states.items():
+        kind = "parameter" if isinstance(state, nn.Parameter) else "buffer"
+        names.append(f"the {kind} {name.removeprefix(_MODEL)!r}")
+    fresh = len(outputs) == 1 and _is_made(outputs[0]) and outputs[0] not in _union(map(memory.__getitem__, saved))
+    return Unchanged(tuple(inputs), tuple(again), list(states.values()), tuple(names), fresh)
+
+
+def _is_made(output: Any) -> bool:
+    """Whether an output is what an operator has just made, and no view."""
+    return isinstance(output, fx.Node) and output.op == "call_function" and _has_its_own(output)
 
 
 def _memory(forward: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
@@ -105,11 +112,14 @@ def _returned(forward: fx.GraphModule) -> tuple[Sequence[Any], Sequence[fx.Node]
     return outputs, saved
 
 
-def _parameters(lowered: TrainingGraph, nodes: Sequence[fx.Node]) -> dict[str, Tensor]:
-    """The parameters among the states that some of the nodes look up."""
+_MODEL = "original."
+"""What the names of the model's own states begin with."""
+
+
+def _states(lowered: TrainingGraph, nodes: Sequence[fx.Node]) -> dict[str, Tensor]:
+    """The model's parameters and buffers that some of the nodes look up."""
     names = sorted({str(node.target) for node in nodes if node.op == "get_attr"})
-    states = {name: attribute(lowered.module, name) for name in names}
-    return {name: state for name, state in states.items() if isinstance(state, nn.Parameter)}
+    return {name: attribute(lowered.module, name) for name in names if name.startswith(_MODEL)}
 
 
 def _union(sets: Iterable[frozenset[fx.Node]]) -> frozenset[fx.Node]:

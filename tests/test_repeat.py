@@ -295,3 +295,73 @@ def test_an_output_is_the_users_to_change_where_nothing_else_reads_it():
     output -= 0.5
     output.square().sum().backward()
     assert_equal({name: p.grad for name, p in local.named_parameters()}, expected)
+
+
+ENDS: dict[str, Callable[[], nn.Module]] = {
+    "linear in three dimensions": lambda: nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), nn.Linear(3, 4)),
+    "flatten": lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Linear(3, 4), nn.Flatten()),
+    "unflatten": lambda: nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 4))),
+    "column": lambda: Column(),
+}
+
+
+class Column(nn.Module):
+    """Its output is a part of what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x)[:, 0]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_output_that_is_a_view_inside_is_the_users_to_change(end):
+    local, plain = warmed("backprop", ENDS[end]), ENDS[end]().double()
+    plain.load_state_dict(local.original.state_dict())
+    for module in (local, plain):
+        module.zero_grad()
+        output = module(batch())
+        output[0] = 1
+        output.square().sum().backward()
+    assert not local(batch())._is_view()
+    found = {name: p.grad for name, p in local.original.named_parameters()}
+    assert_equal(found, {name: p.grad for name, p in plain.named_parameters()})
+
+
+def test_learned_feedback_maps_that_are_replaced_learn():
+    local = warmed(RecLRA(error_weights="kp"))
+    maps = local.error_weights._parameters
+    maps.update({name: nn.Parameter(value.detach().clone()) for name, value in maps.items()})
+    found = step(local, batch())
+    learned = [name for name in found if name.startswith("error_weights")]
+    assert learned
+    assert all(found[name] is not None for name in learned)
+
+
+def test_learned_feedback_maps_may_be_updated_between_two_steps_that_overlap():
+    found = []
+    for target in ("eager", "auto"):
+        local = net(RecLRA(error_weights="kp"), target, net_without_chance)
+        optimizer = torch.optim.SGD(local.error_weights.parameters(), 0.1)
+        for _ in range(AGAIN + 1):
+            local.zero_grad()
+            first, second = local(batch(seed=1)), local(batch(seed=2))
+            first.square().sum().backward()
+            optimizer.step()
+            second.square().sum().backward()
+        found.append({name: p.grad for name, p in local.named_parameters()})
+    assert_equal(found[1], found[0])
+
+
+def test_a_module_goes_without_the_garbage_collector():
+    local = warmed()
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(local)
+        del local
+        assert gone() is None
+    finally:
+        gc.enable()
