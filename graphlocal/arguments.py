@@ -93,7 +93,9 @@ class Binder:
 
         Raises InputError if the call does not fit the model's signature.
         """
-        plain = not kwargs and all(type(x) is torch.Tensor for x in args)
+        plain = not kwargs
+        for x in args:
+            plain = plain and type(x) is torch.Tensor
         if plain and len(args) in self._of_tensors:
             return list(args), self._of_tensors[len(args)]
         leaves, spec = pytree.tree_flatten(self._canonical(args, kwargs))

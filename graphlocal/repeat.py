@@ -66,7 +66,8 @@ class Repeat:
         step = _Repeated(self, owner, saved, self.unchanged.tensors(leaves, outputs))
         if not self.unchanged.fresh:
             outputs = (outputs[0].detach(),)
-        return attached(step, outputs, [*self.weights, *map(owner.get_parameter, self.maps)])[0]
+        targets = [*self.weights, *map(owner.get_parameter, self.maps)] if self.maps else self.weights
+        return attached(step, outputs, targets)[0]
 
 
 class _Repeated:

@@ -178,9 +178,7 @@ class LocalModule(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(LocalModule.forward)(self, *args, **kwargs)
         leaves, spec = self._binder.flatten(args, kwargs)
-        last = self._last
-        if last is not None and not last.fits(leaves, spec):
-            last = None
+        last = self._last_like(leaves, spec)
         if last is not None and last.repeat is not None:
             output = last.repeat.forward(self, leaves)
             if output is not None:
@@ -200,8 +198,13 @@ class LocalModule(nn.Module):
 
     def _forward_pass(self, leaves: list[Any], spec: pytree.TreeSpec, *, fused: bool) -> tuple[Compiled, Run]:
         """Run all subgraphs of the compilation that fits the call and its data."""
-        last = self._last if self._last is not None and self._last.fits(leaves, spec) else None
+        last = self._last_like(leaves, spec)
         return self._run_again(last, leaves, fused=fused) or self._run_first(leaves, spec, fused=fused)
+
+    def _last_like(self, leaves: list[Any], spec: pytree.TreeSpec) -> Last | None:
+        """The last call, if this one is like it."""
+        last = self._last
+        return last if last is not None and last.fits(leaves, spec) else None
 
     def _run_again(self, last: Last | None, leaves: list[Any], *, fused: bool) -> tuple[Compiled, Run] | None:
         """The same as in the `last` call, without another look; None if there was none like it."""
