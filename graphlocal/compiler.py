@@ -21,6 +21,7 @@ from graphlocal.fitting import STEPS, fitted_buffers
 from graphlocal.guards import has_guards
 from graphlocal.ir import Connection, LocalGraph
 from graphlocal.lift import lift
+from graphlocal.partial_optimizer import together
 from graphlocal.passes.discrete_units import FindDiscreteUnits
 from graphlocal.passes.error_neurons import InsertErrorNeurons
 from graphlocal.passes.partition import Partition
@@ -156,6 +157,11 @@ class Compiled:
     def weights(self) -> tuple[nn.Parameter, ...]:
         """The parameters that the training graph updates, in its order."""
         return tuple(self.model.get_parameter(name) for name in self.training.weights)
+
+    @cached_property
+    def together(self) -> int:
+        """How many numbers of gradients a fused step's updates wait for."""
+        return together(self.weights)
 
     @cached_property
     def output_template(self) -> tuple[Any, ...]:

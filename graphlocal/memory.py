@@ -20,7 +20,7 @@ from graphlocal.compiler import Compiled, require_schedule
 from graphlocal.errors import InputError
 from graphlocal.execution import Execution
 from graphlocal.live_memory import peak_bytes, stored_bytes
-from graphlocal.partial_optimizer import TOGETHER, Gathering
+from graphlocal.partial_optimizer import Gathering, together
 from graphlocal.passes.schedule import Schedule
 from graphlocal.pipeline import run
 from graphlocal.preserve import preserved, training_mode
@@ -140,7 +140,7 @@ def _predicted(execution: Execution, compiled: Compiled, leaves: list[Any]) -> t
         true = lower(_rewired_for_backprop(compiled).training, leaves, compiled.differentiable)
     except NotLowered as error:
         return {}, error.message
-    return {"local": liveness(passes.updating, TOGETHER), "backprop": liveness(true)}, ""
+    return {"local": liveness(passes.updating, compiled.together), "backprop": liveness(true)}, ""
 
 
 def _execution(compiled: Compiled) -> Execution:
@@ -168,7 +168,7 @@ def _measured(execution: Execution, leaves: list[Any]) -> int:
             run = execution.run(leaves, fused=True)
         errors = _errors(run.outputs, compiled)
         run.outputs = []
-        apply = Gathering(lambda names, gradients, lent=False: None, TOGETHER)
+        apply = Gathering(lambda names, gradients, lent=False: None, together(compiled.weights))
         with torch.no_grad():
             run.error_pass(errors, apply)
         apply.flush()

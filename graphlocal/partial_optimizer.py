@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -72,11 +72,20 @@ class PartialOptimizer:
 
 
 TOGETHER = 600_000
-"""Gradients with fewer numbers than this wait for each other (2.4 MB of float32): a call of the optimizer costs tens of
-microseconds, and what it reads takes the place of the error pass's values in the caches."""
+"""Gradients with fewer numbers than this, and than half of the model's, wait for each other (2.4 MB of float32): a call
+of the optimizer costs tens of microseconds, and what it reads takes the place of the error pass's values in the caches.
+"""
+
+SMALL = 100_000
+"""Models of so few parameters are updated in one call."""
 
 NEAR = 30_000
 """So many numbers are looked at together: while they are in the caches, and not one small tensor at a time."""
+
+
+def together(parameters: Iterable[Tensor]) -> int:
+    """How many numbers of gradients the updates of a model with these parameters wait for."""
+    return min(TOGETHER, max(SMALL, sum(p.numel() for p in parameters) // 2))
 
 
 class Norms(Protocol):

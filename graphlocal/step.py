@@ -17,7 +17,7 @@ from graphlocal.finite import require_finite
 from graphlocal.goals import ClassCodes
 from graphlocal.norms import UpdateNorms
 from graphlocal.overlap import overlapped
-from graphlocal.partial_optimizer import TOGETHER, Gathering, PartialOptimizer
+from graphlocal.partial_optimizer import Gathering, PartialOptimizer
 from graphlocal.rules import Rule
 from graphlocal.runtime import LocalModule
 from graphlocal.targets.nodes import StepCall
@@ -39,7 +39,8 @@ def train_step(
     the rule nlp also a goal, or several. optimizer (None for rules that
     need none): any of torch.optim's that can update some parameters
     without the others. Every subgraph's parameters are updated, and its gradients and activations freed, as
-    soon as its error is known (small ones together: `TOGETHER`); `p.grad` is never set. Parameters that several
+    soon as its error is known (small ones together, at most 2.4 MB of float32 gradients or half of the model's);
+    `p.grad` is never set. Parameters that several
     subgraphs share are updated after the last of them. Learning-rate schedulers and optimizer hooks work as
     ever; clipping the norm of all gradients does not, since they never exist at one time.
 
@@ -102,7 +103,7 @@ class TrainStep:
         with torch.no_grad():
             rule = self.local.options.rule
             labels = (y,) if rule.needs_labels else (self._losses,) if rule.needs_losses else ()
-            apply = self._updates(compiled, norms, TOGETHER)
+            apply = self._updates(compiled, norms, compiled.together)
             run.error_pass(errors, apply, labels=labels)
             apply.flush()
             require_finite(compiled, errors, norms, run.empty)

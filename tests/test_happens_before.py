@@ -96,7 +96,7 @@ def races(p: StreamedPass, trace: Trace) -> list[tuple[str, str]]:
 @pytest.fixture(autouse=True)
 def updates_at_once(monkeypatch) -> None:
     """The optimizer updates each subgraph in its own piece, however small."""
-    monkeypatch.setattr(sys.modules["graphlocal.step"], "TOGETHER", 1)
+    monkeypatch.setattr(sys.modules["graphlocal.partial_optimizer"], "TOGETHER", 1)
 
 
 @pytest.mark.parametrize(("name", "rule"), CASES, ids=str)

@@ -212,16 +212,25 @@ def test_the_predicted_peak_is_the_measured_one(name, again):
 
 
 def test_fused_updates_need_less_than_backpropagation_on_a_deep_model():
-    hidden = [layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.Tanh())]
-    model = nn.Sequential(*hidden, nn.Linear(256, 10))
-    local = graphlocal.compile(model, example_inputs=torch.randn(8, 256))
+    hidden = [layer for _ in range(8) for layer in (nn.Linear(512, 512), nn.Tanh())]
+    model = nn.Sequential(*hidden, nn.Linear(512, 10))
+    local = graphlocal.compile(model, example_inputs=torch.randn(8, 512))
     found = memory(local.compiled, torch.optim.Adam)
-    gradients = 6 * 4 * (256 * 256 + 256) + 4 * (256 * 10 + 10)
+    gradients = 8 * 4 * (512 * 512 + 512) + 4 * (512 * 10 + 10)
     assert (found.parameters, found.buffers, found.optimizer) == (gradients, 0, 2 * gradients)
     assert found.feedback == sum(4 * t.numel() for t in local.error_weights.buffers())
     assert found.steps["backprop"].measured > gradients
     assert found.steps["local"].measured < gradients / 2
     assert found.total("local") < found.total("backprop")
+
+
+def test_gradients_that_wait_for_each_other_are_at_most_half_of_the_models_and_a_layers():
+    hidden = [layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.Tanh())]
+    local = graphlocal.compile(nn.Sequential(*hidden, nn.Linear(256, 10)), example_inputs=torch.randn(8, 256))
+    layer, activations = 4 * (256 * 256 + 256), 16 * 4 * 8 * 256
+    gradients = 6 * layer + 4 * (256 * 10 + 10)
+    step = memory(local.compiled, torch.optim.Adam).steps["local"]
+    assert step.measured <= gradients / 2 + layer + activations
 
 
 def deep() -> nn.Sequential:

@@ -209,7 +209,7 @@ def test_learned_error_weights_are_updated():
 @pytest.fixture
 def one_by_one(monkeypatch):
     """No gradient waits for others, however small."""
-    monkeypatch.setattr("graphlocal.step.TOGETHER", 0)
+    monkeypatch.setattr("graphlocal.partial_optimizer.TOGETHER", 0)
 
 
 def test_small_gradients_are_applied_together():
