@@ -455,9 +455,7 @@ class BrokenOptimizer(torch.optim.SGD):
 
 @pytest.mark.parametrize("empty", [False, True], ids=["full", "empty"])
 def test_an_error_of_the_users_optimizer_is_shown_as_what_it_is(empty, monkeypatch):
-    monkeypatch.setattr(
-        "graphlocal.partial_optimizer.TOGETHER", 0
-    )  # each subgraph's update is made within the error pass
+    monkeypatch.setattr("graphlocal.partial_optimizer.TOGETHER", 0)  # each update is made within the error pass
     local, _, (x,) = pair("mlp", "backprop")
     local.check_finite = False
     step = graphlocal.train_step(local, lambda output, _: output.sum(), BrokenOptimizer(local.parameters(), 0.1))
