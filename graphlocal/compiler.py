@@ -161,7 +161,7 @@ class Compiled:
     @cached_property
     def together(self) -> int:
         """How many numbers of gradients a fused step's updates wait for."""
-        return together(self.weights)
+        return together(self.weights, sparing=bool(self.recomputed))
 
     @cached_property
     def output_template(self) -> tuple[Any, ...]:

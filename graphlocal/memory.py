@@ -168,7 +168,9 @@ def _measured(execution: Execution, leaves: list[Any]) -> int:
             run = execution.run(leaves, fused=True)
         errors = _errors(run.outputs, compiled)
         run.outputs = []
-        apply = Gathering(lambda names, gradients, lent=False: None, together(compiled.weights))
+        apply = Gathering(
+            lambda names, gradients, lent=False: None, together(compiled.weights, bool(compiled.recomputed))
+        )
         with torch.no_grad():
             run.error_pass(errors, apply)
         apply.flush()

@@ -77,15 +77,18 @@ of the optimizer costs tens of microseconds, and what it reads takes the place o
 """
 
 SMALL = 100_000
-"""Models of so few parameters are updated in one call."""
+"""Models of so few parameters are updated in one call; where subgraphs recompute, no more gradients wait."""
 
 NEAR = 30_000
 """So many numbers are looked at together: while they are in the caches, and not one small tensor at a time."""
 
 
-def together(parameters: Iterable[Tensor]) -> int:
-    """How many numbers of gradients the updates of a model with these parameters wait for."""
-    return min(TOGETHER, max(SMALL, sum(p.numel() for p in parameters) // 2))
+def together(parameters: Iterable[Tensor], sparing: bool) -> int:
+    """How many numbers of gradients the updates of a model with these parameters wait for.
+
+    sparing: memory matters more than time.
+    """
+    return min(TOGETHER, SMALL if sparing else max(SMALL, sum(p.numel() for p in parameters) // 2))
 
 
 class Norms(Protocol):
