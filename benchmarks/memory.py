@@ -24,7 +24,6 @@ from benchmarks import report
 from benchmarks.models import LARGE, SMALL, SPARSE, Case, by_biotorch, checkpointed, compiled, loss_fn, on_gpu
 from benchmarks.report import Step
 from graphlocal.live_memory import allocated_bytes, stored_bytes
-from graphlocal.partial_optimizer import TOGETHER
 from graphlocal.rules import RecLRA
 from graphlocal.targets.liveness import liveness
 
@@ -158,7 +157,7 @@ def by_graphlocal(found: Found, way: str, how: Local, model: nn.Module, x: Tenso
     execution = local.compiled.execution
     passes = execution.known([x])
     if passes is not None and passes.updating is not None and way in LOCAL:
-        found.predicted[way] = liveness(passes.updating, TOGETHER).peak_with(loss)
+        found.predicted[way] = liveness(passes.updating, local.compiled.together).peak_with(loss)
     found.lent[way] = execution.scratch.bytes
     found.feedback[way] = stored_bytes(local.error_weights.buffers())
 
