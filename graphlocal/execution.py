@@ -202,10 +202,11 @@ class Execution:
         passes = replace(self._fused(lowered, plain, fused), casts=bool(autocast))
         if fused:
             return passes
-        held = unchanged(lowered)
+        forward, error = split(lowered)
+        held = unchanged(forward, error)
         if self.target == "inductor":  # which may return one result twice
             held = replace(held, fresh=False)
-        return replace(passes, telling=telling(split(lowered)[1]), unchanged=held)
+        return replace(passes, telling=telling(error), unchanged=held)
 
     def _fused(self, lowered: TrainingGraph, plain: Passes, fused: bool) -> Passes:
         if self.target == "inductor":

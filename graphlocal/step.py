@@ -40,9 +40,9 @@ def train_step(
     need none): any of torch.optim's that can update some parameters
     without the others. Every subgraph's parameters are updated, and its gradients and activations freed, as
     soon as its error is known (small ones together, at most 2.4 MB of float32 gradients or half of the model's);
-    `p.grad` is never set. Parameters that several
-    subgraphs share are updated after the last of them. Learning-rate schedulers and optimizer hooks work as
-    ever; clipping the norm of all gradients does not, since they never exist at one time.
+    `p.grad` is never set. Parameters that several subgraphs share are updated after the last of them. Learning-rate
+    schedulers and optimizer hooks work as ever; clipping the norm of all gradients does not, since they never exist at
+    one time.
 
     Raises InputError for an optimizer that needs a closure (LBFGS), or one without the model's parameters.
     """

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphlocal.targets.simplify import VIEWS
+from graphlocal.targets.accesses import shares_memory
 
 aten = torch.ops.aten
 
@@ -48,7 +48,6 @@ def makes_new(node: fx.Node) -> bool:
     """Whether an operator's result lies in memory of its own."""
     if node.target in NEW:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target in VIEWS:
+    if not isinstance(node.target, torch._ops.OpOverload) or shares_memory(node):
         return False
-    returns = node.target._schema.returns
-    return len(returns) == 1 and not node.target.is_view and all(r.alias_info is None for r in returns)
+    return len(node.target._schema.returns) == 1 and not node.target.is_view

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from graphlocal.errors import LocalTrainingError
 from graphlocal.targets.accesses import shares_memory
 from graphlocal.targets.lowered import attribute
-from graphlocal.targets.training_graph import TrainingGraph, split, take
+from graphlocal.targets.training_graph import take
 
 aten = torch.ops.aten
 
@@ -65,9 +65,8 @@ def versions(tensors: list[Tensor]) -> list[int]:
         return [0 if x.is_inference() else x._version for x in tensors]
 
 
-def unchanged(lowered: TrainingGraph) -> Unchanged:
-    """What the error pass of a lowered training graph needs as it was."""
-    forward, error = split(lowered)
+def unchanged(forward: fx.GraphModule, error: fx.GraphModule) -> Unchanged:
+    """What the error pass of a lowered training graph needs as it was. forward, error: its two passes."""
     memory = _memory(forward)
     given = [node for node in forward.graph.nodes if node.op == "placeholder"]
     outputs, saved = _returned(forward)
@@ -75,7 +74,7 @@ def unchanged(lowered: TrainingGraph) -> Unchanged:
     kept = _union(memory[saved[i]] for i in _read(error))
     inputs = [i for i, node in enumerate(given) if node in kept and isinstance(node.meta.get("val"), Tensor)]
     again = [i for i, roots in enumerate(returns) if roots & kept and roots.isdisjoint(given)]
-    states = _states(lowered, [*error.graph.nodes, *kept])
+    states = _states(error, [*error.graph.nodes, *kept])
     names = [f"the input {given[i].name!r}" for i in inputs]
     names += ["the output" if len(outputs) == 1 else f"output {i}" for i in again]
     for name, state in states.items():
@@ -116,10 +115,10 @@ _MODEL = "original."
 """What the names of the model's own states begin with."""
 
 
-def _states(lowered: TrainingGraph, nodes: Sequence[fx.Node]) -> dict[str, Tensor]:
+def _states(module: fx.GraphModule, nodes: Sequence[fx.Node]) -> dict[str, Tensor]:
     """The model's parameters and buffers that some of the nodes look up."""
     names = sorted({str(node.target) for node in nodes if node.op == "get_attr"})
-    return {name: attribute(lowered.module, name) for name in names if name.startswith(_MODEL)}
+    return {name: attribute(module, name) for name in names if name.startswith(_MODEL)}
 
 
 def _union(sets: Iterable[frozenset[fx.Node]]) -> frozenset[fx.Node]:
